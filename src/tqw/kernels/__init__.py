@@ -1,0 +1,134 @@
+"""The one op, `linear(x, qw, bias) == F.linear(x, dequantize(qw), bias)`, and the backends that compute it.
+
+A backend is a module with the three names of reference.py: `supports(x, qw)` (None, or the reason why not),
+`linear(x, qw, bias)` and, where it can, `linear_backward`. BACKENDS lists them fastest first; `reference` is last,
+runs everywhere, and defines what the others must compute.
+
+The torch ops `tqw::linear`, `tqw::linear_backward` and `tqw::embedding` wrap that choice. They are opaque to
+torch.compile, functional, and take plain tensors (lists hold one tensor for each residual pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tqw.errors import TqwError
+from tqw.kernels import reference
+from tqw.weight import QuantizedWeight
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+
+_WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
+torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
+torch.library.define("tqw::linear_backward", f"(Tensor grad, {_WEIGHT_ARGS}) -> Tensor")
+torch.library.define("tqw::embedding", f"(Tensor ids, {_WEIGHT_ARGS}, ScalarType dtype) -> Tensor")
+
+
+def _weight(
+    packed: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    channel_scale: Sequence[Tensor],
+    rotation_matrix: Tensor | None,
+    rotation: str,
+) -> QuantizedWeight:
+    return QuantizedWeight(tuple(packed), tuple(weight_scale), tuple(channel_scale), rotation, rotation_matrix)
+
+
+def _arguments(qw: QuantizedWeight) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, str]:
+    return list(qw.packed), list(qw.weight_scale), list(qw.channel_scale), qw.rotation_matrix, qw.rotation
+
+
+def _choose(x: Tensor, qw: QuantizedWeight) -> ModuleType:
+    return next(backend for backend in BACKENDS.values() if backend.supports(x, qw) is None)
+
+
+@torch.library.impl("tqw::linear", "CompositeExplicitAutograd")
+def _linear_op(x: Tensor, bias: Tensor | None, *weight) -> Tensor:
+    qw = _weight(*weight)
+    return _choose(x, qw).linear(x, qw, bias)
+
+
+@torch.library.register_fake("tqw::linear")
+def _linear_fake(x: Tensor, bias: Tensor | None, packed: Sequence[Tensor], *weight) -> Tensor:
+    del bias, weight
+    return x.new_empty(*x.shape[:-1], packed[0].shape[-2])
+
+
+@torch.library.impl("tqw::linear_backward", "CompositeExplicitAutograd")
+def _linear_backward_op(grad: Tensor, *weight) -> Tensor:
+    return reference.linear_backward(grad, _weight(*weight))
+
+
+@torch.library.register_fake("tqw::linear_backward")
+def _linear_backward_fake(grad: Tensor, packed, weight_scale, channel_scale, *rest) -> Tensor:
+    del packed, weight_scale, rest
+    return grad.new_empty(*grad.shape[:-1], channel_scale[0].shape[-1])
+
+
+@torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
+def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
+    return reference.embedding(ids, _weight(packed, weight_scale, channel_scale, rotation_matrix, rotation), dtype)
+
+
+@torch.library.register_fake("tqw::embedding")
+def _embedding_fake(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
+    return channel_scale[0].new_empty(*ids.shape, channel_scale[0].shape[-1], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    del output
+    _, bias, packed, weight_scale, channel_scale, rotation_matrix, rotation = inputs
+    ctx.counts = len(packed), len(weight_scale), len(channel_scale)
+    ctx.rotation = rotation
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*packed, *weight_scale, *channel_scale, rotation_matrix)
+
+
+def _backward(ctx, grad: Tensor):
+    *tensors, rotation_matrix = ctx.saved_tensors
+    lists, start = [], 0
+    for count in ctx.counts:
+        lists.append(list(tensors[start : start + count]))
+        start += count
+    dx = torch.ops.tqw.linear_backward(grad, *lists, rotation_matrix, ctx.rotation) if ctx.needs_input_grad[0] else None
+    db = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+    return dx, db, *([None] * count for count in ctx.counts), None, None
+
+
+torch.library.register_autograd("tqw::linear", _backward, setup_context=_setup_context)
+
+
+def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """y = x dequantize(qw)^T + bias.
+
+    x: floating [..., in]; bias: [out] or None; returns [..., out] in the dtype of x, differentiable in x and bias.
+    backend: "auto" (the first of BACKENDS that supports this call) or a name (raises TqwError with its reason).
+    """
+    if x.shape[-1] != qw.in_features:
+        raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
+    if backend == "auto":
+        return torch.ops.tqw.linear(x, bias, *_arguments(qw))
+    if backend not in BACKENDS:
+        raise TqwError(f"expected a backend of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reason = BACKENDS[backend].supports(x, qw)
+    if reason is not None:
+        raise TqwError(f"expected a call that backend {backend!r} supports, but {reason}")
+    return BACKENDS[backend].linear(x, qw, bias)
+
+
+def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """dequantize(qw)[ids]: integer [...] -> [..., in] in `dtype`."""
+    return torch.ops.tqw.embedding(ids, *_arguments(qw), dtype)
+
+
+def explain(x: Tensor, qw: QuantizedWeight) -> dict[str, str]:
+    """Why each backend is or is not used for this call: name -> "selected", "available" or the reason against it."""
+    answers: dict[str, str] = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.supports(x, qw)
+        answers[name] = reason or ("available" if "selected" in answers.values() else "selected")
+    return answers

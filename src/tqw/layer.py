@@ -1,0 +1,230 @@
+"""Quantized layers: parameters, one op, a way in from the dense layer, a repr.
+
+All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is `weight`, `weight_scale`,
+`channel_scale`; later passes put `residual_`, `residual_2_`, ... before those names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tqw import kernels
+from tqw.config import QuantConfig, format_bits
+from tqw.weight import QuantizedWeight, dequantize, quantize
+
+ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
+
+
+def _residual(index: int) -> str:
+    return "" if index == 0 else "residual_" if index == 1 else f"residual_{index}_"
+
+
+def parameter_names(prefix: str, index: int) -> tuple[str, str, str]:
+    """Names of pass `index`: packed codes, weight scale, channel scale. prefix: "" for a linear, else an expert's."""
+    stem = _residual(index)
+    if not prefix:
+        return f"{stem}weight", f"{stem}weight_scale", f"{stem}channel_scale"
+    return f"{prefix}_{stem}".rstrip("_"), f"{prefix}_{stem}scale", f"{prefix}_{stem}channel_scale"
+
+
+def attach(module: nn.Module, qw: QuantizedWeight, prefix: str = "") -> None:
+    """Register the tensors of `qw` as frozen parameters of `module`."""
+
+    def put(name: str, tensor: Tensor) -> None:
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        module.register_parameter(name, parameter)
+
+    for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
+        packed_name, scale_name, channel_name = parameter_names(prefix, index)
+        put(packed_name, packed)
+        put(scale_name, scale)
+        if index < len(qw.channel_scale):
+            put(channel_name, qw.channel_scale[index])
+    if qw.rotation_matrix is not None:
+        put(f"{prefix}_{ROTATION_MATRIX}".lstrip("_"), qw.rotation_matrix)
+
+
+def attached(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWeight:
+    """Read back what `attach` registered."""
+    parameters = module._parameters
+    packed, scales, channel_scales = [], [], []
+    for index in range(len(parameters)):
+        names = parameter_names(prefix, index)
+        if names[0] not in parameters:
+            break
+        packed.append(parameters[names[0]])
+        scales.append(parameters[names[1]])
+        if names[2] in parameters:
+            channel_scales.append(parameters[names[2]])
+    matrix = parameters.get(f"{prefix}_{ROTATION_MATRIX}".lstrip("_"))
+    return QuantizedWeight(tuple(packed), tuple(scales), tuple(channel_scales), rotation, matrix)
+
+
+def _describe(qw: QuantizedWeight) -> str:
+    return f"bits={format_bits(qw.bits)}, group_size={qw.group_size}, rotation={qw.rotation}"
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x dequantize(weight)^T + bias. An `nn.Linear` for whoever asks, but `weight` holds packed codes.
+
+    x: [..., in_features] in any floating dtype; returns [..., out_features] in that dtype.
+    """
+
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism: hand over local tensors, not DTensors
+
+    def __init__(self, qw: QuantizedWeight, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = qw.in_features, qw.out_features
+        self.rotation = qw.rotation
+        attach(self, qw)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig, **options: Any) -> QuantizedLinear:
+        """Quantize a dense layer; `options` go to `quantize`."""
+        return cls(quantize(linear.weight.detach(), config, **options), _detached(linear.bias))
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        return attached(self, self.rotation)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The dense layer that this one computes."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return dense
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes have no random initialisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.linear(input, attached(self, self.rotation), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
+            self.quantized_weight
+        )
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """dequantize(weight)[ids] in `output_dtype`: integer [...] -> [..., embedding_dim]."""
+
+    def __init__(
+        self, qw: QuantizedWeight, padding_idx: int | None = None, output_dtype: torch.dtype = torch.float32
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = qw.out_features, qw.in_features
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.rotation = qw.rotation
+        self.output_dtype = output_dtype
+        attach(self, qw)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        return attached(self, self.rotation)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+        """The dense layer that this one computes."""
+        table = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table, _freeze=True)
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes have no random initialisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.embedding(input, attached(self, self.rotation), self.output_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, " + _describe(self.quantized_weight)
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """True for transformers 5's stacked experts: 3-D parameters `down_proj` and `gate_up_proj` or `up_proj`."""
+    names = ("down_proj", "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj")
+    parameters = [getattr(module, name, None) for name in names]
+    return all(isinstance(p, nn.Parameter) and p.ndim == 3 and p.is_floating_point() for p in parameters)
+
+
+def expert_projections(experts: nn.Module) -> tuple[str, str]:
+    """Names of the two stacked projections: what reads the hidden state, what reads the activation."""
+    return ("gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"), "down_proj"
+
+
+def expert_weight(experts: nn.Module, name: str) -> Tensor:
+    """A dense stacked projection as [experts, out, in], whichever way the model stores it."""
+    weight = getattr(experts, name).detach()
+    return weight.transpose(1, 2) if getattr(experts, "is_transposed", False) else weight
+
+
+def gate(experts: nn.Module, projected: Tensor) -> Tensor:
+    """The activation between the two projections, by the rule of the model's own class."""
+    if hasattr(experts, "gate_up_proj"):
+        return experts._apply_gate(projected)  # type: ignore[operator]
+    return experts.act_fn(projected)  # type: ignore[operator]
+
+
+def routed_tokens(top_k_index: Tensor, experts: int) -> Iterable[tuple[int, Tensor, Tensor]]:
+    """(expert, token rows, positions among the token's choices) for every expert that was chosen."""
+    for expert in torch.unique(top_k_index).tolist():
+        if 0 <= expert < experts:
+            tokens, positions = torch.where(top_k_index == expert)
+            yield expert, tokens, positions
+
+
+class QuantizedExperts(nn.Module):
+    """Fused experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(gate(up_e(x_t))).
+
+    Stands in for transformers 5 classes with 3-D expert parameters; the two projections become packed
+    [experts, out, in] weights, everything else (activation, biases, limits) is taken over from the dense module.
+    """
+
+    def __init__(self, dense: nn.Module, weights: dict[str, QuantizedWeight]) -> None:
+        super().__init__()
+        self.experts_class = type(dense)
+        self.projections = expert_projections(dense)
+        self.num_experts = weights["down_proj"].packed[0].shape[0]
+        self.rotation = weights["down_proj"].rotation
+        for name, value in vars(dense).items():  # activation settings the class's own gate reads
+            if not name.startswith("_") and name not in ("training", "is_transposed"):
+                setattr(self, name, value)
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        for name in (f"{projection}_bias" for projection in self.projections):
+            bias = getattr(dense, name, None)
+            self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        for name, weight in weights.items():
+            attach(self, weight, name)
+
+    def _apply_gate(self, projected: Tensor) -> Tensor:
+        return self.experts_class._apply_gate(self, projected)  # type: ignore[attr-defined]
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        return attached(self, self.rotation, name)
+
+    def _project(self, x: Tensor, name: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{name}_bias")
+        return kernels.linear(x, self.quantized_weight(name)[expert], None if bias is None else bias[expert])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        up, down = self.projections
+        output = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert, tokens, positions in routed_tokens(top_k_index, self.num_experts):
+            y = self._project(gate(self, self._project(hidden_states[tokens], up, expert)), down, expert)
+            if getattr(self, "has_post_expert_norm", False):
+                y = self.post_expert_norm(y)  # type: ignore[operator]
+            output.index_add_(0, tokens, (y * top_k_weights[tokens, positions, None]).float())
+        return output.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, " + _describe(self.quantized_weight("down_proj"))
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()

@@ -1,0 +1,356 @@
+"""Quantize a Hugging Face model into a directory, save a quantized model, load either again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tqw import calibrate as calibration
+from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
+from tqw.config import QuantConfig
+from tqw.errors import TqwError
+from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, plan_model, quantize_model
+from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
+
+Progress = Callable[[str, int, int], None]
+_STORED_MATRIX = "tqw_rotation_matrix"
+_POWER = "input_power"
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".py")
+_WRITTEN_HERE = ("config.json", "generation_config.json", "README.md", REPORT)
+_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
+
+
+def _version() -> str:
+    from tqw import __version__
+
+    return __version__
+
+
+def quantize_pretrained(
+    name: str,
+    out: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    calibrate: str = "self",
+    select: Select | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    workers: int = 1,
+    resume: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
+
+    calibrate: self | random | none | a text file. A run that stops leaves `out`.partial, which resume=True continues;
+    `out` appears only when it is complete.
+    """
+    config, out = config or QuantConfig(), Path(out)
+    source = find(name)
+    if is_quantized(source):
+        raise TqwError(f"expected a float model, but {name} is quantized already: use the original, or `tqw export` it")
+    settings = [source.fingerprint(), config.to_dict(), calibrate, str(dtype), shard_bytes, _version()]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    with CheckpointWriter(out, fingerprint, resume=resume, shard_bytes=shard_bytes) as writer:
+        model, tokenizer = load_float(source, dtype, device), load_tokenizer(source)
+        if source.gguf and name != DEMO:
+            warnings.warn("GGUF weights are quantized already: their loss adds to ours", stacklevel=2)
+        power = writer.cached(_POWER, lambda: calibration_power(model, tokenizer, calibrate, progress))
+
+        def write(module_name: str, module: nn.Module, records: list[TensorRecord]) -> None:
+            tensors = {key: t for key, t in stored_tensors(module_name, module).items() if not writer.has(key)}
+            writer.add(tensors, {module_name: [asdict(record) for record in records]})
+
+        report = quantize_model(
+            model,
+            config,
+            select=select,
+            input_power=power or None,
+            workers=workers,
+            progress=progress,
+            on_module=write,
+            done={key: [TensorRecord(**record) for record in records] for key, records in writer.done.items()},
+        )
+        _write_rest(writer, model)
+        _write_files(writer, model, report, tokenizer, source, calibrate)
+        writer.commit()
+    return report
+
+
+def save(
+    model: nn.Module, out: str | Path, report: QuantizationReport, tokenizer: Any = None, calibrate: str | None = None
+) -> None:
+    """Write a model that `quantize_model` quantized, so that `tqw.load` gives it back bit for bit.
+
+    report: what `quantize_model` returned. calibrate: recorded in the directory's report, nothing more.
+    """
+    with CheckpointWriter(Path(out), fingerprint="") as writer:
+        for name, module in model.named_modules():
+            if isinstance(module, _QUANTIZED) and not _is_tied_head(model, module):
+                writer.add({k: t for k, t in stored_tensors(name, module).items() if not writer.has(k)})
+        _write_rest(writer, model)
+        _write_files(writer, model, report, tokenizer, None, calibrate)
+        writer.commit()
+
+
+def calibration_power(
+    model: nn.Module, tokenizer: Any, how: str, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Channel statistics by `--calibrate`: self | random | none (empty) | a text file.
+
+    Models that cannot generate text take random tokens for `self`.
+    """
+    if how == "none":
+        return {}
+    if how == "self" and getattr(model, "can_generate", lambda: False)():
+        ids = calibration.self_generated(model, tokenizer, progress=progress)
+    elif how in ("self", "random"):
+        ids = calibration.random_sequences(model, tokenizer)
+    elif not Path(how).is_file():
+        raise TqwError(f"expected --calibrate self, random, none or a text file, got {how!r}")
+    elif tokenizer is None:
+        raise TqwError("expected a model with a tokenizer to calibrate on a text: use --calibrate self or random")
+    else:
+        ids = calibration.text_sequences(model, tokenizer, read_text(Path(how)))
+    device = next(model.parameters()).device
+    return calibration.input_power(model, ids.to(device).split(4), progress=progress)
+
+
+def stored_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of one module under their checkpoint names; a `qr` matrix goes under its block size, once for all."""
+    tensors = {}
+    for key, tensor in module.state_dict().items():
+        if key.endswith(ROTATION_MATRIX):
+            tensors[f"{_STORED_MATRIX}.{tensor.shape[0]}"] = tensor
+        else:
+            tensors[f"{name}.{key}"] = tensor
+    return tensors
+
+
+def _is_tied_head(model: nn.Module, module: nn.Module) -> bool:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return (
+        isinstance(module, QuantizedLinear)
+        and isinstance(embedding, QuantizedEmbedding)
+        and module.weight is embedding.weight
+    )
+
+
+def _write_rest(writer: CheckpointWriter, model: nn.Module) -> None:
+    """Everything that is not quantized, tied tensors once."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
+    owned = tuple(f"{name}." for name in {*quantized, *writer.done})
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith(owned) or id(tensor) in seen or writer.has(name):
+            continue
+        seen.add(id(tensor))
+        writer.add({name: tensor.detach()})
+
+
+def _write_files(
+    writer: CheckpointWriter,
+    model: nn.Module,
+    report: QuantizationReport,
+    tokenizer: Any,
+    source: Source | None,
+    calibrate: str | None,
+) -> None:
+    digests = writer.finish_shards()
+    folder = writer.folder
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise TqwError(
+            "expected a transformers model with a config, got another nn.Module: save its state_dict yourself"
+        )
+    config.architectures = [type(model).__name__]
+    entry = config.to_dict()
+    entry["quantization_config"] = report.config.to_dict()
+    write_atomically(folder / "config.json", json.dumps(entry, indent=2, default=str) + "\n")
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if source is not None and not source.gguf:
+        for file in sorted(source.folder.iterdir()):
+            if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in _WRITTEN_HERE:
+                shutil.copyfile(file, folder / file.name)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    document = {"tqw_version": _version(), "source": source.name if source else None, "calibrate": calibrate}
+    document |= {"sha256": digests, **report.to_dict()}
+    write_atomically(folder / REPORT, json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / "README.md", _model_card(report, source))
+
+
+def _model_card(report: QuantizationReport, source: Source | None) -> str:
+    base = f"base_model: {source.name}\nbase_model_relation: quantized\n" if source else ""
+    return (
+        f"---\nlibrary_name: tqw\ntags: [tqw]\n{base}---\n\n"
+        f"Weights quantized with [tqw](https://pypi.org/project/tqw) {_version()} to "
+        f"{report.bits_per_weight():.3f} bits per weight (scales included).\n\n"
+        '```python\nimport tqw\nmodel = tqw.load("this directory")\n```\n'
+    )
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a quantized directory (or a hub id) onto `device` without ever holding the dense model.
+
+    Parameters are created on the meta device and take the checkpoint's tensors as they are; on the CPU those are
+    memory-mapped. Raises TqwError for a directory that is not tqw's, or whose tensors do not fit its config.
+    """
+    source = find(str(folder))
+    if not is_quantized(source):
+        raise TqwError(
+            f"expected a directory that tqw quantized, got {folder}: run `tqw quantize {folder} -o OUT` first"
+        )
+    config = QuantConfig.from_dict(read_json(source.folder / "config.json")["quantization_config"])
+    model = _shell(source)
+    empty_model_(model, config)
+    _fill(model, source.folder, torch.device(device))
+    return model.to(device).eval()
+
+
+def _shell(source: Source) -> nn.Module:
+    """The model's modules with parameters on the meta device; buffers, which no checkpoint holds, are real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config: Any = transformers.AutoConfig.from_pretrained(str(source.folder))
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+    model.tie_weights()
+    generation = source.folder / "generation_config.json"
+    if generation.exists() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(source.folder))
+    return model
+
+
+def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(checkpoint name, owner, attribute) of every tensor that a checkpoint may hold."""
+    for module_name, module in model.named_modules():
+        local = [*module._parameters.items(), *module._buffers.items()]
+        for key, tensor in local:
+            if tensor is None or key in module._non_persistent_buffers_set:
+                continue
+            if key.endswith(ROTATION_MATRIX):
+                yield f"{_STORED_MATRIX}.{tensor.shape[0]}", module, key
+            else:
+                yield f"{module_name}.{key}" if module_name else key, module, key
+
+
+def _fill(model: nn.Module, folder: Path, device: torch.device) -> None:
+    """Give every meta tensor its stored value; tied tensors follow their first owner."""
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module, key in _targets(model):
+        owners.setdefault(name, []).append((module, key))
+        aliases.setdefault(id(getattr(module, key)), []).append((name, module, key))
+    filled: set[str] = set()
+    for name, tensor in read_tensors(folder, device):
+        if name not in owners:
+            raise TqwError(
+                f"expected the tensors of {type(model).__name__}, got also {name!r}: is config.json the model's?"
+            )
+        old = getattr(*owners[name][0])
+        if old.shape != tensor.shape or old.is_floating_point() != tensor.is_floating_point():
+            raise TqwError(
+                f"expected {name} as {old.dtype} {list(old.shape)} by config.json, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        parameter = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        for alias, module, key in aliases[id(old)]:
+            setattr(module, key, parameter)
+            filled.add(alias)
+    missing = sorted(set(owners) - filled)
+    if missing:
+        raise TqwError(f"expected {len(missing)} more tensors in {folder}, among them {missing[:3]}: quantize it again")
+
+
+def export(name: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the dense model that a quantized directory computes, as plain safetensors for any other tool."""
+    source = find(str(name))
+    model: Any = load(source.folder)
+    config = model.config
+    with CheckpointWriter(Path(out), fingerprint="") as writer:
+        for module_name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedExperts):
+                raise TqwError("expected a model without fused experts: exporting those is not supported yet")
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not _is_tied_head(model, module):
+                dense = module.dequantize(dtype)
+                writer.add({f"{module_name}.{key}": tensor for key, tensor in dense.state_dict().items()})
+                writer.done[module_name] = True
+        for tensor_name, tensor in model.state_dict().items():
+            owner = model.get_submodule(tensor_name.rpartition(".")[0])
+            if not isinstance(owner, _QUANTIZED) and not writer.has(tensor_name):
+                writer.add({tensor_name: tensor.to(dtype) if tensor.is_floating_point() else tensor})
+        writer.finish_shards()
+        config.dtype = dtype
+        config.save_pretrained(writer.folder)
+        for file in sorted(source.folder.iterdir()):
+            if (
+                file.is_file()
+                and not file.name.endswith(_NOT_COPIED)
+                and file.name not in ("config.json", "README.md", REPORT)
+            ):
+                shutil.copyfile(file, writer.folder / file.name)
+        writer.commit()
+
+
+def plan(name: str, config: QuantConfig) -> QuantizationReport:
+    """What `quantize_pretrained` would do, from the model's config alone: no weight is read, nothing is written."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    source = find(name)
+    if source.gguf:
+        model: Any = load_float(source)
+    else:
+        settings: Any = transformers.AutoConfig.from_pretrained(str(source.folder))
+        with init_empty_weights(include_buffers=False):
+            model = model_class(settings)._from_config(settings)
+        model.tie_weights()
+    return plan_model(model, config)
+
+
+def read_report(name: str) -> QuantizationReport:
+    """The report that `quantize` left in a directory."""
+    source = find(name)
+    if not is_quantized(source):
+        raise TqwError(f"expected a directory that tqw quantized, got {name}")
+    entry = read_json(source.folder / REPORT)
+    config = QuantConfig.from_dict(read_json(source.folder / "config.json")["quantization_config"])
+    return QuantizationReport(config, [TensorRecord(**record) for record in entry["tensors"]])
+
+
+def verify(name: str, progress: Progress | None = None) -> dict[str, int]:
+    """Check a quantized directory: file hashes, tensor names and shapes, finite values. TqwError at the first fault."""
+    source = find(name)
+    if not is_quantized(source):
+        raise TqwError(f"expected a directory that tqw quantized, got {name}")
+    digests = read_json(source.folder / REPORT)["sha256"]
+    for count, (file, digest) in enumerate(digests.items(), 1):
+        if file_sha256(source.folder / file) != digest:
+            raise TqwError(f"expected {file} as it was written, but its bytes changed: download or quantize it again")
+        if progress is not None:
+            progress("hash", count, len(digests))
+    tensors = 0
+    for key, tensor in read_tensors(source.folder):
+        tensors += 1
+        values = tensor.view(torch.float8_e5m2).float() if key.endswith("channel_scale") else tensor
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise TqwError(f"expected finite values in {key}, got NaN or Inf: quantize the model again")
+        if key.endswith("channel_scale") and (values == 0).any():
+            raise TqwError(f"expected non-zero channel scales in {key}: quantize the model again")
+    load(source.folder)  # names and shapes
+    return {"files": len(digests), "tensors": tensors}
