@@ -1,19 +1,21 @@
-"""tqw: TurboQuant for LLM weights. See README.md; the equation is in `tqw.weight`."""
+"""tqw: TurboQuant for LLM weights. See README.md; the equation is in `tqw.weight`.
+
+Names are imported when first used, so that `import tqw` costs nothing and asks no hardware anything.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tqw.config import QuantConfig
-from tqw.errors import TqwError
-from tqw.kernels import explain, linear
-from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from tqw.model import quantize_model
-from tqw.weight import QuantizedWeight, dequantize, quantize
-
 if TYPE_CHECKING:
+    from tqw.config import QuantConfig
+    from tqw.errors import TqwError
+    from tqw.kernels import explain, linear
+    from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+    from tqw.model import quantize_model
     from tqw.pretrained import load, quantize_pretrained, save
+    from tqw.weight import QuantizedWeight, dequantize, merge_passes, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,15 +29,38 @@ __all__ = [
     "explain",
     "linear",
     "load",
+    "merge_passes",
     "quantize",
     "quantize_model",
     "quantize_pretrained",
     "save",
 ]
+_HOME = {
+    "QuantConfig": "config",
+    "TqwError": "errors",
+    "explain": "kernels",
+    "linear": "kernels",
+    "QuantizedEmbedding": "layer",
+    "QuantizedExperts": "layer",
+    "QuantizedLinear": "layer",
+    "quantize_model": "model",
+    "load": "pretrained",
+    "quantize_pretrained": "pretrained",
+    "save": "pretrained",
+    "QuantizedWeight": "weight",
+    "dequantize": "weight",
+    "merge_passes": "weight",
+    "quantize": "weight",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, `save` and `quantize_pretrained` belong to the edge: imported when first used."""
-    if name in ("load", "save", "quantize_pretrained"):
-        return getattr(import_module("tqw.pretrained"), name)
-    raise AttributeError(f"module 'tqw' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tqw' has no attribute {name!r}")
+    value = getattr(import_module(f"tqw.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -135,6 +135,7 @@ class CheckpointWriter:
         name = f"shard-{len(self._progress['shards']) + 1:05d}.safetensors"
         temporary = self.folder / f"{name}.tmp"
         save_file(self._pending, str(temporary), metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
         _sync(temporary)
         digest = file_sha256(temporary)
         temporary.replace(self.folder / name)

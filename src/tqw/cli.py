@@ -37,7 +37,7 @@ app = typer.Typer(
 _screen = Console(stderr=True)
 _out = Console()
 
-_UsageError = typer.BadParameter.__bases__[0]  # click's or, in later versions, typer's own
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's or, in later versions, typer's own
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a GGUF file, or 'demo'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

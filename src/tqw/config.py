@@ -24,12 +24,7 @@ Bits = tuple[int, ...]
 
 def parse_bits(bits: int | str | Iterable[int]) -> Bits:
     """`4` -> (4,), `"4+4"` -> (4, 4), `[3, 2]` -> (3, 2): one width for each residual pass."""
-    if isinstance(bits, int):
-        widths: list[Any] = [bits]
-    elif isinstance(bits, str):
-        widths = bits.split("+")
-    else:
-        widths = list(bits)
+    widths = bits.split("+") if isinstance(bits, str) else [bits] if isinstance(bits, int) else bits
     try:
         parsed = tuple(int(width) for width in widths)
     except (TypeError, ValueError):

@@ -3,8 +3,8 @@
     python -m tqw.footprint DIR      prints {"decode_tokens_per_second": ..., "peak_memory_bytes": ...}
 
 Peak memory is the growth of the process's resident memory (GPU: of allocated device memory) from before the load to
-its highest point in load, a forward pass of PROMPT tokens and greedy decoding: what the model itself costs, without
-Python and torch.
+its highest point in load, a forward pass of PROMPT tokens and greedy decoding: what the model itself costs. Python,
+torch and the model's code are imported before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import psutil
 import torch
 
 from tqw.errors import TqwError
-from tqw.pretrained import load
+from tqw.pretrained import empty_model, load
 from tqw.source import find, is_quantized, load_float
 
-PROMPT = 256
+PROMPT = 128
 _MOST_TOKENS, _LEAST_TOKENS, _SECONDS = 64, 3, 4.0
 
 
@@ -53,7 +54,8 @@ def decode_speed(model: Any, prompt_tokens: int = PROMPT) -> float:
     """Greedy tokens per second after a prompt, batch 1: at least 3 tokens, at most 64 or 4 seconds."""
     device = next(model.parameters()).device
     ids = torch.arange(10, 10 + prompt_tokens, device=device)[None] % model.config.get_text_config().vocab_size
-    output = model(input_ids=ids, use_cache=True)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    output = model(input_ids=ids, use_cache=True, **last_only)  # as `generate` calls it
     times: list[float] = []
     while len(times) < _MOST_TOKENS and (len(times) < _LEAST_TOKENS or sum(times) < _SECONDS):
         step = output.logits[:, -1:].argmax(-1)
@@ -67,11 +69,10 @@ def decode_speed(model: Any, prompt_tokens: int = PROMPT) -> float:
 
 def footprint(folder: str, device: str = "cpu") -> dict[str, Any]:
     """Measure in this process."""
-    import transformers  # noqa: F401 -- part of the floor, not of the model
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained  # noqa: B018 -- resolves the lazy import before memory is read
     source = find(folder)
+    model = empty_model(source)
+    torch.ones(256, 256).mm(torch.ones(256, 256))  # starts the threads
+    del model
     memory = _PeakMemory()
     model = load(folder, device) if is_quantized(source) else load_float(source, device=device)
     speed = decode_speed(model)

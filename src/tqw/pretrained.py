@@ -214,19 +214,20 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
             f"expected a directory that tqw quantized, got {folder}: run `tqw quantize {folder} -o OUT` first"
         )
     config = QuantConfig.from_dict(read_json(source.folder / "config.json")["quantization_config"])
-    model = _shell(source)
+    model = empty_model(source)
     empty_model_(model, config)
     _fill(model, source.folder, torch.device(device))
     return model.to(device).eval()
 
 
-def _shell(source: Source) -> nn.Module:
-    """The model's modules with parameters on the meta device; buffers, which no checkpoint holds, are real."""
+def empty_model(source: Source) -> nn.Module:
+    """The dense model's modules with parameters on the meta device; buffers, which no checkpoint holds, are real."""
     import transformers
     from accelerate import init_empty_weights
 
     config: Any = transformers.AutoConfig.from_pretrained(str(source.folder))
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
     model.tie_weights()
@@ -309,17 +310,8 @@ def export(name: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat1
 
 def plan(name: str, config: QuantConfig) -> QuantizationReport:
     """What `quantize_pretrained` would do, from the model's config alone: no weight is read, nothing is written."""
-    import transformers
-    from accelerate import init_empty_weights
-
     source = find(name)
-    if source.gguf:
-        model: Any = load_float(source)
-    else:
-        settings: Any = transformers.AutoConfig.from_pretrained(str(source.folder))
-        with init_empty_weights(include_buffers=False):
-            model = model_class(settings)._from_config(settings)
-        model.tie_weights()
+    model = load_float(source) if source.gguf else empty_model(source)
     return plan_model(model, config)
 
 

@@ -157,6 +157,7 @@ def load_float(source: Source, dtype: torch.dtype | str = "auto", device: str | 
     _need("transformers", "transformers")
     import transformers
 
+    transformers.logging.disable_progress_bar()
     try:
         if source.gguf:
             return _load_gguf(source, torch.float32 if dtype == "auto" else dtype).to(device).eval()

@@ -163,6 +163,8 @@ def choose_channel_scale(
 
     weights: dense [..., out, in], all with the same in_features. scale: float [in] from `activation_scale`, None for 1.
     """
+    for weight in weights:
+        _check(weight)
     size = weights[0].shape[-1]
     signs = torch.ones(size) if config.rotation == "none" else rotation_signs(size, config.seed, rotation_pass)
     energy = sum(float(weight.float().square().sum()) for weight in weights)
@@ -200,7 +202,8 @@ def quantize(
     Raises TqwError for empty, non-finite or integer weights.
     """
     config = config or QuantConfig()
-    _check(weight)
+    if channel_scale is not None:
+        _check(weight)
     in_features = weight.shape[-1]
     first = choose_channel_scale([weight], config) if channel_scale is None else channel_scale
     scales = [first.to(weight.device, copy=True)]  # every layer owns its copy: a file stores no shared tensors

@@ -38,7 +38,8 @@ def _weight(
     return QuantizedWeight(tuple(packed), tuple(weight_scale), tuple(channel_scale), rotation, rotation_matrix)
 
 
-def _arguments(qw: QuantizedWeight) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, str]:
+def arguments(qw: QuantizedWeight) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, str]:
+    """The weight as the ops take it: packed, weight_scale, channel_scale, rotation_matrix, rotation."""
     return list(qw.packed), list(qw.weight_scale), list(qw.channel_scale), qw.rotation_matrix, qw.rotation
 
 
@@ -111,7 +112,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
     if x.shape[-1] != qw.in_features:
         raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
     if backend == "auto":
-        return torch.ops.tqw.linear(x, bias, *_arguments(qw))
+        return torch.ops.tqw.linear(x, bias, *arguments(qw))
     if backend not in BACKENDS:
         raise TqwError(f"expected a backend of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].supports(x, qw)
@@ -122,7 +123,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
 
 def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """dequantize(qw)[ids]: integer [...] -> [..., in] in `dtype`."""
-    return torch.ops.tqw.embedding(ids, *_arguments(qw), dtype)
+    return torch.ops.tqw.embedding(ids, *arguments(qw), dtype)
 
 
 def explain(x: Tensor, qw: QuantizedWeight) -> dict[str, str]:

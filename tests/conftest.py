@@ -1,0 +1,81 @@
+"""Shared fixtures: tiny models of real architectures, and the demo model where its file is present."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+torch.set_num_threads(int(os.environ.get("TQW_TEST_THREADS", "2")))
+
+
+def tiny(name: str) -> Any:
+    """A random model of an architecture, 2 layers, in evaluation mode; always the same weights."""
+    import transformers as hf
+
+    common = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**common),
+        "tied": lambda: hf.LlamaConfig(**common, tie_word_embeddings=True),
+        "odd": lambda: hf.LlamaConfig(**{**common, "hidden_size": 104, "intermediate_size": 130}),
+        "mixtral": lambda: hf.MixtralConfig(**common, num_local_experts=4),
+        "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+            **common, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16
+        ),
+        "gpt_oss": lambda: hf.GptOssConfig(**common, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+        "gpt2": lambda: hf.GPT2Config(
+            vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
+        "bert": lambda: hf.BertConfig(
+            vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+        ),
+    }
+    torch.manual_seed(0)
+    config = configs[name]()
+    auto = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # the default init is nearly linear; larger weights use every code path
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+@pytest.fixture
+def tiny_model():
+    """`tiny` as a fixture."""
+    return tiny
+
+
+def token_ids(rows: int = 2, columns: int = 12, vocabulary: int = 128) -> torch.Tensor:
+    """Random ids, the same at every run."""
+    return torch.randint(3, vocabulary, (rows, columns), generator=torch.Generator().manual_seed(7))
+
+
+class WordTokenizer:
+    """A tokenizer of single characters: enough for everything that only counts and indexes tokens."""
+
+    bos_token_id = 1
+    eos_token_id = 2
+    pad_token_id = 0
+    chat_template = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(character) % 120 for character in text]}
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Nothing to save."""
