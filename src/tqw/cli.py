@@ -428,12 +428,17 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _interrupted() -> int:
+    _screen.print("interrupted; nothing is half-written, and `tqw quantize` continues with --resume")
+    return 130
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `tqw` command; returns the exit code."""
     _quiet_libraries()
     try:
         code = app(args=arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _interrupted() if code == 130 else code if isinstance(code, int) else 0  # typer turns ^C into 130
     except typer.Exit as exit_:
         return exit_.exit_code
     except _UsageError as error:
@@ -446,8 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("expected more free memory: close other programs or use a machine with more")
     except (KeyboardInterrupt, typer.Abort):
-        _screen.print("interrupted; `tqw quantize` continues with --resume")
-        return 130
+        return _interrupted()
 
 
 if __name__ == "__main__":

@@ -107,42 +107,55 @@ def evaluate(
     return Quality(tokens, perplexity, kld / tokens, agree / tokens)
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
-    if weight.shape[-1] % group:
-        raise TqwError(f"expected in_features divisible by {group} for this baseline, got {weight.shape[-1]}")
-    return weight.float().unflatten(-1, (-1, group))
+def _by_group(weight: Tensor, group: int, side_bits: float, code: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+    """`code` on groups of each row (the last filled with zeros), and `side_bits` a group spread over the weights."""
+    in_features = weight.shape[-1]
+    padding = -in_features % group
+    groups = nn.functional.pad(weight.float(), (0, padding)).unflatten(-1, (-1, group)).contiguous()
+    return code(groups).flatten(-2)[..., :in_features], side_bits * (in_features + padding) / group / in_features
 
 
 def rtn(weight: Tensor, group: int = 64) -> tuple[Tensor, float]:
     """Round to nearest, 4-bit asymmetric: w' = (round(w / s) + z - z) s, fp16 scale and 4-bit zero point a group."""
-    w = _grouped(weight, group)
-    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 15).half().float().clamp(min=2.0**-24)
-    zero = (-low / scale).round().clamp(0, 15)
-    return ((((w / scale).round() + zero).clamp(0, 15) - zero) * scale).flatten(-2), 4 + 20 / group
+
+    def code(w: Tensor) -> Tensor:
+        low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 15).half().float().clamp(min=2.0**-24)
+        zero = (-low / scale).round().clamp(0, 15)
+        return (((w / scale).round() + zero).clamp(0, 15) - zero) * scale
+
+    dense, side_bits = _by_group(weight, group, 20, code)
+    return dense, 4 + side_bits
 
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194972992, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
 
 def nf4(weight: Tensor, group: int = 64) -> tuple[Tensor, float]:
     """NF4 (QLoRA, arXiv 2305.14314, appendix E) with an fp16 absolute maximum for each group of 64."""
-    w = _grouped(weight, group)
-    table = torch.tensor(_NF4, device=w.device)
-    scale = w.abs().amax(-1, keepdim=True).half().float()
-    codes = torch.bucketize(w / scale.clamp(min=2.0**-24), (table[1:] + table[:-1]) / 2)
-    return (table[codes] * scale).flatten(-2), 4 + 16 / group
+
+    def code(w: Tensor) -> Tensor:
+        table = torch.tensor(_NF4, device=w.device)
+        scale = w.abs().amax(-1, keepdim=True).half().float()
+        return table[torch.bucketize(w / scale.clamp(min=2.0**-24), (table[1:] + table[:-1]) / 2)] * scale
+
+    dense, side_bits = _by_group(weight, group, 16, code)
+    return dense, 4 + side_bits
 
 
 def q8_0(weight: Tensor, group: int = 32) -> tuple[Tensor, float]:
     """llama.cpp's Q8_0: w' = round(w / s) s, s = fp16(absmax / 127) for each group of 32."""
-    w = _grouped(weight, group)
-    scale = (w.abs().amax(-1, keepdim=True) / 127).half().float()
-    return ((w / scale.clamp(min=2.0**-24)).round() * scale).flatten(-2), 8 + 16 / group
+
+    def code(w: Tensor) -> Tensor:
+        scale = (w.abs().amax(-1, keepdim=True) / 127).half().float()
+        return (w / scale.clamp(min=2.0**-24)).round() * scale
+
+    dense, side_bits = _by_group(weight, group, 16, code)
+    return dense, 8 + side_bits
 
 
 BASELINES: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {"rtn": rtn, "nf4": nf4, "q8_0": q8_0}

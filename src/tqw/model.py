@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqw.layer import (
 )
 from tqw.rotation import qr_matrix
 from tqw.scaling import activation_scale
-from tqw.weight import QuantizedWeight, choose_channel_scale, dequantize, empty_weight, quantize
+from tqw.weight import QuantizedWeight, check, choose_channel_scale, dequantize, empty_weight, quantize
 
 Select = Callable[[str, nn.Module], "bool | int | str"]
 Progress = Callable[[str, int, int], None]
@@ -85,6 +86,7 @@ class QuantizationReport:
 
     config: QuantConfig
     tensors: list[TensorRecord]
+    modules: tuple[str, ...] = ()  # names of the quantized modules, a tied head included
 
     @property
     def quantized(self) -> list[TensorRecord]:
@@ -359,7 +361,7 @@ def quantize_model(
     embedding = _embedding_of(model, "input")
     if tied_head is not None and isinstance(embedding, QuantizedEmbedding):
         model.set_submodule(tied_head, QuantizedLinear(embedding.quantized_weight))
-    return QuantizationReport(config, account.records())
+    return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 
 
 def plan_model(model: nn.Module, config: QuantConfig, select: Select | None = None) -> QuantizationReport:
@@ -372,7 +374,7 @@ def plan_model(model: nn.Module, config: QuantConfig, select: Select | None = No
         for prefix, dense in dense_weights(model.get_submodule(decision.name), decision.kind).items():
             qw = empty_weight(dense.shape, config.with_bits(decision.bits))
             account.quantized([_record(_tensor_name(decision.name, prefix), dense, qw)])
-    return QuantizationReport(config, account.records())
+    return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 
 
 @dataclass
@@ -399,10 +401,12 @@ class _Job:
             names = [_tensor_name(member.name, prefix) for member in members]
             powers = [self.input_power[name] for name in names if name in self.input_power]
             scale = activation_scale(torch.stack(powers).mean(0), self.exponent) if powers else None
-            try:
-                scale = choose_channel_scale([weights[prefix] for weights in dense], self.config, scale)
-            except TqwError as error:
-                raise TqwError(f"{names[0]}: {error}") from None
+            weights = [member[prefix] for member in dense]
+            for name, weight in zip(names, weights, strict=True):
+                with _named(name):
+                    check(weight)
+            with _named(names[0]):
+                scale = choose_channel_scale(weights, self.config, scale)
             self.scales.update(dict.fromkeys(names, scale))
 
     def run(self, decision: Decision) -> tuple[Decision, nn.Module, list[TensorRecord]]:
@@ -413,12 +417,19 @@ class _Job:
         for prefix, dense in dense_weights(module, decision.kind).items():
             name = _tensor_name(decision.name, prefix)
             matrix = self.matrix(dense.shape[-1])
-            try:
+            with _named(name):
                 weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
-            except TqwError as error:
-                raise TqwError(f"{name}: {error}") from None
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of the weight before an error about it."""
+    try:
+        yield
+    except TqwError as error:
+        raise TqwError(f"{name}: {error}") from None
 
 
 def _tensor_name(module_name: str, prefix: str) -> str:

@@ -19,8 +19,9 @@ from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, r
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, plan_model, quantize_model
+from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, kind_of, plan_model, quantize_model
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
+from tqw.weight import dequantize
 
 Progress = Callable[[str, int, int], None]
 _STORED_MATRIX = "tqw_rotation_matrix"
@@ -81,7 +82,7 @@ def quantize_pretrained(
             on_module=write,
             done={key: [TensorRecord(**record) for record in records] for key, records in writer.done.items()},
         )
-        _write_rest(writer, model)
+        _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, source, calibrate)
         writer.commit()
     return report
@@ -98,7 +99,7 @@ def save(
         for name, module in model.named_modules():
             if isinstance(module, _QUANTIZED) and not _is_tied_head(model, module):
                 writer.add({k: t for k, t in stored_tensors(name, module).items() if not writer.has(k)})
-        _write_rest(writer, model)
+        _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, None, calibrate)
         writer.commit()
 
@@ -146,16 +147,14 @@ def _is_tied_head(model: nn.Module, module: nn.Module) -> bool:
     )
 
 
-def _write_rest(writer: CheckpointWriter, model: nn.Module) -> None:
+def _write_rest(writer: CheckpointWriter, model: nn.Module, report: QuantizationReport) -> None:
     """Everything that is not quantized, tied tensors once."""
-    quantized = [name for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
-    owned = tuple(f"{name}." for name in {*quantized, *writer.done})
+    quantized = tuple(f"{name}." for name in report.modules)
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith(owned) or id(tensor) in seen or writer.has(name):
-            continue
-        seen.add(id(tensor))
-        writer.add({name: tensor.detach()})
+        if not name.startswith(quantized) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            writer.add({name: tensor.detach()})
 
 
 def _write_files(
@@ -181,9 +180,7 @@ def _write_files(
     if generation is not None:
         generation.save_pretrained(folder)
     if source is not None and not source.gguf:
-        for file in sorted(source.folder.iterdir()):
-            if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in _WRITTEN_HERE:
-                shutil.copyfile(file, folder / file.name)
+        _copy_files(source.folder, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     document = {"tqw_version": _version(), "source": source.name if source else None, "calibrate": calibrate}
@@ -280,32 +277,42 @@ def _fill(model: nn.Module, folder: Path, device: torch.device) -> None:
 
 def export(name: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the dense model that a quantized directory computes, as plain safetensors for any other tool."""
-    source = find(str(name))
-    model: Any = load(source.folder)
-    config = model.config
-    with CheckpointWriter(Path(out), fingerprint="") as writer:
-        for module_name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedExperts):
-                raise TqwError("expected a model without fused experts: exporting those is not supported yet")
-            if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not _is_tied_head(model, module):
-                dense = module.dequantize(dtype)
-                writer.add({f"{module_name}.{key}": tensor for key, tensor in dense.state_dict().items()})
-                writer.done[module_name] = True
-        for tensor_name, tensor in model.state_dict().items():
-            owner = model.get_submodule(tensor_name.rpartition(".")[0])
-            if not isinstance(owner, _QUANTIZED) and not writer.has(tensor_name):
-                writer.add({tensor_name: tensor.to(dtype) if tensor.is_floating_point() else tensor})
-        writer.finish_shards()
-        config.dtype = dtype
-        config.save_pretrained(writer.folder)
-        for file in sorted(source.folder.iterdir()):
-            if (
-                file.is_file()
-                and not file.name.endswith(_NOT_COPIED)
-                and file.name not in ("config.json", "README.md", REPORT)
-            ):
-                shutil.copyfile(file, writer.folder / file.name)
-        writer.commit()
+    source, out = find(str(name)), Path(out)
+    if out.exists():
+        raise TqwError(f"expected a new output directory, but {out} exists: choose another or remove it")
+    model: Any = empty_model(source)
+    _fill_dense(model, load(source.folder), dtype)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.dtype = dtype
+    model.save_pretrained(partial)
+    _copy_files(source.folder, partial)
+    partial.replace(out)
+
+
+def _fill_dense(model: nn.Module, quantized: nn.Module, dtype: torch.dtype) -> None:
+    """Give the shell `model` the dense weights of `quantized`, in `dtype`."""
+    kept = quantized.state_dict()
+    for name, _ in list(model.named_parameters()):
+        owner_name, _, key = name.rpartition(".")
+        shell, owner = model.get_submodule(owner_name), quantized.get_submodule(owner_name)
+        transposed = getattr(shell, "is_transposed", kind_of(shell) == "conv1d")
+        if isinstance(owner, QuantizedExperts) and key in owner.projections:
+            dense = dequantize(owner.quantized_weight(key), dtype)
+        elif isinstance(owner, QuantizedLinear | QuantizedEmbedding) and key == "weight":
+            dense = dequantize(owner.quantized_weight, dtype)
+        else:
+            dense, transposed = kept[name].to(dtype), False
+        dense = dense.transpose(-1, -2).contiguous() if transposed else dense
+        setattr(shell, key, nn.Parameter(dense, requires_grad=False))
+    model.tie_weights()  # type: ignore[operator]
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, processor, chat template, licence: everything beside the weights that is not written here."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in _WRITTEN_HERE:
+            shutil.copyfile(file, target / file.name)
 
 
 def plan(name: str, config: QuantConfig) -> QuantizationReport:

@@ -163,8 +163,6 @@ def choose_channel_scale(
 
     weights: dense [..., out, in], all with the same in_features. scale: float [in] from `activation_scale`, None for 1.
     """
-    for weight in weights:
-        _check(weight)
     size = weights[0].shape[-1]
     signs = torch.ones(size) if config.rotation == "none" else rotation_signs(size, config.seed, rotation_pass)
     energy = sum(float(weight.float().square().sum()) for weight in weights)
@@ -177,7 +175,8 @@ def _rotation_of_pass(strategy: str, index: int) -> int:
     return {"different": index, "alternating": index % 2}[strategy]
 
 
-def _check(weight: Tensor) -> None:
+def check(weight: Tensor) -> None:
+    """Raise TqwError for a weight that cannot be quantized: not [..., out, in], not floating, empty, NaN or Inf."""
     if weight.ndim < 2 or not weight.is_floating_point():
         raise TqwError(f"expected a floating-point weight [out, in], got {weight.dtype} {list(weight.shape)}")
     if weight.numel() == 0:
@@ -202,8 +201,7 @@ def quantize(
     Raises TqwError for empty, non-finite or integer weights.
     """
     config = config or QuantConfig()
-    if channel_scale is not None:
-        _check(weight)
+    check(weight)
     in_features = weight.shape[-1]
     first = choose_channel_scale([weight], config) if channel_scale is None else channel_scale
     scales = [first.to(weight.device, copy=True)]  # every layer owns its copy: a file stores no shared tensors
