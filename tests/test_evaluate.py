@@ -17,6 +17,14 @@ from tqw.model import quantize_model
 from tqw.report import Row, document, page, plot
 
 
+class BeginningTokenizer(WordTokenizer):
+    """One that begins a text with its bos token, as Llama's does."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_) -> dict[str, list[int]]:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
 class Fixed(torch.nn.Module):
     """A language model with the same next-token distribution everywhere."""
 
@@ -53,7 +61,7 @@ def test_windows_are_whole_and_limited():
     tokenizer, text = WordTokenizer(), "abcdefghij" * 10
     assert windows(tokenizer, text, 30, None).shape == (3, 30)
     assert windows(tokenizer, text, 30, 70).shape == (2, 30)
-    begun = windows(tokenizer, text, 30, None, first=1)
+    begun = windows(BeginningTokenizer(), text, 30, None)
     assert begun.shape == (3, 30)
     assert begun[:, 0].tolist() == [1, 1, 1]
     assert begun[1, 1:].tolist() == tokenizer(text)["input_ids"][29:58]

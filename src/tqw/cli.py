@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tqw.errors import TqwError
@@ -36,6 +37,8 @@ app = typer.Typer(
 )
 _screen = Console(stderr=True)
 _out = Console()
+_WIDE = 110  # characters that the whole comparison table needs
+_ONLY_WIDE = ("weight_relative_mse", "quantize_seconds")
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's or, in later versions, typer's own
 
@@ -75,6 +78,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
                 bars.remove_task(tasks.pop(phase))
 
         yield show
+
+
+def _say(line: str) -> None:
+    """One message on stderr, never cut or wrapped here."""
+    _screen.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -158,7 +166,7 @@ def quantize(
         report = quantize_pretrained(
             model, output, config, calibrate=calibrate, device=device, workers=workers, resume=resume, progress=progress
         )
-    _screen.print(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
+    _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)
 
 
@@ -201,9 +209,7 @@ def evaluate(
 
     words, origin = _text(text)
     loaded, tokenizer = _load_any(model, device)
-    if tokenizer is None:
-        raise TqwError(f"expected a tokenizer in {model}, found none: perplexity needs one")
-    ids = windows(tokenizer, words, context, max_tokens, getattr(tokenizer, "bos_token_id", None))
+    ids = windows(tokenizer, words, context, max_tokens)
     other = None if reference is None else _load_any(reference, device)[0]
     with _progress() as progress:
         quality = run(loaded, ids, other, progress)
@@ -219,14 +225,17 @@ def evaluate(
 def _comparison_table(title: str) -> tuple[Table, Callable[[Row], None]]:
     from tqw.report import COLUMNS, cells
 
+    narrow = _out.width < _WIDE  # every column is in report.html and report.json
+    shown = [i for i, (key, _) in enumerate(COLUMNS) if not (narrow and key in _ONLY_WIDE)]
     table = Table(title=title, title_justify="left")
-    for index, (_, label) in enumerate(COLUMNS):
-        table.add_column(label, justify="left" if index == 0 else "right", no_wrap=True)
+    for index in shown:
+        table.add_column(COLUMNS[index][1], justify="left" if index == 0 else "right", no_wrap=True)
 
     def announce(row: Row) -> None:
-        table.add_row(*cells(row))
+        texts = cells(row)
+        table.add_row(*(texts[index] for index in shown))
         kld = "" if row.mean_kl_divergence is None else f"  KLD {row.mean_kl_divergence:.4f}"
-        _screen.print(f"  {row.config}: {row.bits_per_weight:.3f} bits/weight{kld}", highlight=False)
+        _say(f"  {row.config}: {row.bits_per_weight:.3f} bits/weight{kld}")
 
     return table, announce
 
@@ -272,14 +281,14 @@ def compare(
     source = find(model)
     with _screen.status(f"loading {model}"):
         loaded, tokenizer = load_float(source, device=device), load_tokenizer(source)
-    ids = windows(tokenizer, words, context, max_tokens, getattr(tokenizer, "bos_token_id", None))
+    ids = windows(tokenizer, words, context, max_tokens)
     table, announce = _comparison_table(f"{model}: {ids.numel()} tokens of {origin}, context {context}")
     with _progress() as progress:
         comparison = Comparison(loaded, tokenizer, ids, footprint, progress)
         rows = comparison.run(labels, group_size, announce)
     facts = {"model": model, "text": origin, "context": context, "tokens": ids.numel(), "group_size": group_size}
     result = _write_comparison(output, rows, f"{model}: loss against size", **facts)
-    _screen.print(f"wrote {output}/report.json, report.html and kld_against_bits.png")
+    _say(f"wrote {output}/report.json, report.html and kld_against_bits.png")
     _print_json(result) if as_json else _out.print(table)
 
 
@@ -304,7 +313,7 @@ def generate(
         _print_json({"text": answer, "tokens": tokens, "seconds": seconds})
         return
     _out.print(answer, markup=False, highlight=False)
-    _screen.print(f"{tokens} tokens in {seconds:.1f} s", highlight=False)
+    _say(f"{tokens} tokens in {seconds:.1f} s")
 
 
 @app.command()
@@ -360,7 +369,7 @@ def export(
 
     with _screen.status("exporting"):
         run(model, output)
-    _screen.print(f"wrote {output}")
+    _say(f"wrote {output}")
 
 
 @app.command()
@@ -390,7 +399,7 @@ def demo(
     words, origin = _text(None)
     table, announce = _comparison_table("SmolLM2-135M-Instruct")
     with _progress() as progress:
-        story = run(output, words, max_tokens, announce, progress, lambda line: _screen.print(line, highlight=False))
+        story = run(output, words, max_tokens, announce, progress, _say)
     facts = {
         "model": "demo",
         "text": origin,
@@ -407,11 +416,8 @@ def demo(
         return
     _out.print(table)
     for name, answer in story.texts.items():
-        _out.print(f"\n[bold]{name}[/bold]: ", end="")
-        _out.print(answer, markup=False, highlight=False)
-    _out.print(
-        f"\n4-bit model in {output}/model, report in {output}/report.html, picture in {output}/kld_against_bits.png"
-    )
+        _out.print(f"\n[bold]{name}[/bold]: {escape(answer)}", highlight=False)
+    _say(f"\n4-bit model in {output}/model, report in {output}/report.html, picture in {output}/kld_against_bits.png")
 
 
 def _quiet_libraries() -> None:

@@ -4,7 +4,8 @@
     top-1 = share of positions where both models prefer the same token
     PPL   = exp(mean negative log-likelihood of the next token)
 
-Windows are cut from one text without overlap; a model that has a beginning-of-sequence token gets it first.
+Windows are cut from one text without overlap; where the model's tokenizer begins a text with a token of its own,
+every window begins with it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,23 @@ class Quality:
     top1_agreement: float | None = None
 
 
-def windows(tokenizer: Any, text: str, context: int, max_tokens: int | None, first: int | None = None) -> Tensor:
+def beginning(tokenizer: Any) -> int | None:
+    """The id that the tokenizer itself puts before a text (Llama's bos); None for those that put nothing."""
+    with_special = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return with_special[0] if with_special[1 : 1 + len(plain)] == plain else None
+
+
+def windows(tokenizer: Any, text: str, context: int, max_tokens: int | None) -> Tensor:
     """int64 [windows, context] from `text`: non-overlapping, whole windows only, at most max_tokens tokens.
 
-    first: a token put at the start of every window. Raises TqwError for a text shorter than one window.
+    Each begins with `beginning(tokenizer)` where there is one. Raises TqwError for a text shorter than one window.
     """
     if context < 2:
         raise TqwError(f"expected a context of at least 2 tokens, got {context}")
+    if tokenizer is None:
+        raise TqwError("expected a model with a tokenizer, found none in its directory: copy the tokenizer files there")
+    first = beginning(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     body = context if first is None else context - 1
     count = len(ids) // body

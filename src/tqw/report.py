@@ -105,8 +105,8 @@ def _number(value: float | None, digits: int) -> str:
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("config", "config"),
-    ("bits_per_weight", "bits/weight"),
-    ("model_bytes", "model MB"),
+    ("bits_per_weight", "bits/w"),
+    ("model_bytes", "MB"),
     ("mean_kl_divergence", "KLD"),
     ("top1_agreement", "top-1"),
     ("perplexity", "PPL"),
@@ -153,7 +153,7 @@ def plot(rows: Sequence[Row], title: str) -> bytes:
             axes.plot(xs, ys, style, color="#0b6e99", label=label, zorder=3)  # type: ignore[arg-type]
     for row, marker in zip((r for r in points if r.config in _BASELINES), "sv^P", strict=False):
         axes.plot(row.bits_per_weight, row.mean_kl_divergence, marker, color="#b5473c", label=row.config)  # type: ignore[arg-type]
-    for row in points:
+    for row in ours:  # the baselines lie close together: the legend names them
         axes.annotate(
             row.config, (row.bits_per_weight, row.mean_kl_divergence or 0.0), textcoords="offset points",
             xytext=(6, 5), fontsize=8,
@@ -185,8 +185,9 @@ dt {{ font-weight: 600; }} dd {{ margin: 0 0 .5rem; }} code {{ overflow-wrap: an
 </style>
 <h1>{title}</h1>
 <p>KLD is the mean KL divergence from the float model in nats, top-1 the share of positions where both prefer the same
-token, PPL the perplexity; bits/weight counts all scales. Baselines (<code>original</code>, <code>rtn</code>,
-<code>nf4</code>, <code>q8_0</code>) went through the same harness on the same text.</p>
+token, PPL the perplexity; bits/w is bits per weight with all scales counted. Baselines
+(<code>original</code>, <code>rtn</code>, <code>nf4</code>, <code>q8_0</code>) went through the same harness on the
+same text.</p>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p><img alt="KL divergence against bits per weight" src="data:image/png;base64,{picture}"></p>
 <h2>How this was measured</h2><dl>{facts}</dl>
