@@ -241,10 +241,10 @@ def _quantize_rows(rows: Tensor, config: QuantConfig, layout: QuantizedWeight) -
     packed, scales = [], []
     residual = rows  # dense when rotations differ, rotated once when they are shared
     if layout.shares_rotation:
-        residual = _into_rotated(rows, layout.channel_scale[0], matrix)
+        residual = into_rotated(rows, layout.channel_scale[0], matrix)
     for index, bits in enumerate(config.bits):
         channel_scale = layout.scale_of_pass(index)
-        rotated = residual if layout.shares_rotation else _into_rotated(residual, channel_scale, matrix)
+        rotated = residual if layout.shares_rotation else into_rotated(residual, channel_scale, matrix)
         groups = rotated.unflatten(-1, (-1, group))
         scale = group_scales(groups, bits, config.scale)
         inverse = torch.where(scale > 0, 1 / scale.float(), 0)
@@ -257,7 +257,7 @@ def _quantize_rows(rows: Tensor, config: QuantConfig, layout: QuantizedWeight) -
     return packed, scales
 
 
-def _into_rotated(rows: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
+def into_rotated(rows: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
     """V = (W / a) H^T, padded with zero columns."""
     scaled = rows / decode_channel_scale(channel_scale)
     padding = configuration.padded_features(rows.shape[-1]) - rows.shape[-1]
