@@ -300,7 +300,9 @@ def _params(qw: QuantizedWeight, in_features: int) -> _Params:
 
 
 @lru_cache(maxsize=4096)
-def _plan(variant: Variant, tokens: int, out: int, padded_in: int, device: _Device) -> tuple[Variant, int] | None:
+def _plan(
+    variant: Variant, tokens: int, out: int, padded_in: int, device: _Device
+) -> tuple[Variant, int, float] | None:
     """The fastest variant that fits and its grid, by a model of one CTA's time (H100 constants); None: none fits."""
     column_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= tokens)
     variant = replace(variant, column_tiles=column_tiles, fused=tokens <= _FUSED_TOKENS)
@@ -315,10 +317,22 @@ def _plan(variant: Variant, tokens: int, out: int, padded_in: int, device: _Devi
         rounds = -(-strips // columns)
         weights = rounds * 16 * padded_in / split * bits / 8 / 23.5  # ns at 23.5 bytes per ns and multiprocessor
         inputs = 2 * tokens * padded_in / split / 45
-        cost = weights + inputs + (rounds + 1) * (60 + 100 * (split > 1)) + 500 * (split > 1)
+        # a cluster's barrier stalls its copies: 3000 ns a strip were measured
+        cost = weights + inputs + (rounds + 1) * (100 if split == 1 else 3000)
         if best is None or cost < best[0]:
             best = cost, candidate, columns * split
-    return None if best is None else (best[1], best[2])
+    return None if best is None else (best[1], best[2], best[0])
+
+
+@lru_cache(maxsize=4096)
+def _chunk(variant: Variant, tokens: int, out: int, padded_in: int, device: _Device) -> int | None:
+    """Tokens of one launch: the cheapest of 32, 16, 8, 4 by the model of `_plan`; None: nothing fits."""
+    costs = {}
+    for chunk in (32, 16, 8, 4):
+        plan = _plan(variant, min(chunk, tokens), out, padded_in, device)
+        if plan is not None:
+            costs[chunk] = -(-tokens // chunk) * (plan[2] + 2500)  # ns of launch and latency
+    return min(costs, key=lambda chunk: costs[chunk]) if costs else None
 
 
 def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant, grid: int) -> None:
@@ -380,13 +394,14 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
         return y
     if tokens < _DENSE_TOKENS:
         device, variant = _device(x.device.index), _variant(qw, x.dtype)
-        plan = _plan(variant, min(tokens, _DECODE_TOKENS), qw.out_features, qw.padded_in, device)
-        if plan is not None:
-            for first in range(0, tokens, _DECODE_TOKENS):
-                rows = slice(first, first + _DECODE_TOKENS)
-                last = min(_DECODE_TOKENS, tokens - first)
-                plan = _plan(variant, last, qw.out_features, qw.padded_in, device) or plan
-                _few(x[rows], y[rows], qw, bias, *plan)
+        chunk = _chunk(variant, tokens, qw.out_features, qw.padded_in, device)
+        if chunk is not None:
+            for first in range(0, tokens, chunk):
+                count = min(chunk, tokens - first)
+                plan = _plan(variant, count, qw.out_features, qw.padded_in, device)
+                assert plan is not None, "fewer tokens need less shared memory"
+                rows = slice(first, first + count)
+                _few(x[rows], y[rows], qw, bias, *plan[:2])
             return y
     _many(x, y, qw, bias)
     return y
