@@ -40,7 +40,7 @@ _WARPS, _STAGES = 16, 4
 class _Params(ctypes.Structure):
     """`struct Params` of linear.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("x", ctypes.c_void_p),
         ("channel", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -104,7 +104,7 @@ class Variant:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    return resources.files(__package__).joinpath("linear.cu").read_text()
+    return resources.files("tqw.kernels").joinpath("linear.cu").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ compile and cache
