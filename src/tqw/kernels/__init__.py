@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tqw.errors import TqwError
-from tqw.kernels import reference
+from tqw.kernels import cuda, reference
 from tqw.weight import QuantizedWeight
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "reference": reference}
 
 _WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
 torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
@@ -72,7 +72,9 @@ def _linear_backward_fake(grad: Tensor, packed, weight_scale, channel_scale, *re
 
 @torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
 def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
-    return reference.embedding(ids, _weight(packed, weight_scale, channel_scale, rotation_matrix, rotation), dtype)
+    qw = _weight(packed, weight_scale, channel_scale, rotation_matrix, rotation)
+    backend = cuda if ids.is_cuda and cuda.supports_embedding(ids, qw, dtype) is None else reference
+    return backend.embedding(ids, qw, dtype)
 
 
 @torch.library.register_fake("tqw::embedding")

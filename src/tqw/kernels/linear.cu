@@ -1,0 +1,745 @@
+// y = T(x) V^T + b for packed codes, one launch: T(x) = H (a * x), V[n,k] = weight_scale[n, k / G] * level[code[n,k]].
+//
+// Compiled at run time by NVRTC, one module for each set of the macros below (cuda.py sets them), without any header.
+//
+// Arithmetic. T(x) is held as 16-bit fixed point with one scale for each token and tile of TILE inputs, split in two
+// int8 planes: T(x) = s (256 high + low). Weights are the A operand of mma.m16n8k32 (int8, exact int32 sums); the two
+// planes of one token are neighbouring columns of B, so one lane holds both sums and 256 high + low is local.
+// One fp32 multiply-add for each (row, token, tile) applies weight_scale * s. Codes become int8 levels by byte permutes.
+//
+// Layout. The stored row-major bytes are read as they are. A tile is TILE = min(group, block, 128) inputs; lane t of
+// a quad covers its codes [t TILE/4, (t+1) TILE/4), eight for each mma step, so the k order of the mma is a
+// permutation of the inputs that is the identity within a lane: the int8 planes of x need no reordering.
+//
+// BITS       widths of the passes, e.g. 4,4          PASSES    how many
+// TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
+// ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
+// X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
+// NT         columns tiles of 4 tokens: 1, 2, 4, 8   FUSED     1: every block transforms x itself
+// SPLIT      CTAs of a cluster that share a strip's inputs (1 below sm_90)
+// WARPS, STAGES   warps of a CTA, depth of its cp.async ring
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct Params {
+  const void* x;        // [tokens, in], rows x_stride elements apart
+  const u8* channel;    // [in] e5m2
+  const void* bias;     // [out] in the type of x, or null
+  void* y;              // [tokens, out]
+  const u8* packed[4];  // [out, in_padded * bits / 8] for each pass
+  const u16* scale[4];  // fp16 [out, groups]
+  u8* planes;           // [2 tokens, in_padded]: high, low of each token (not FUSED)
+  float* plane_scale;   // [tokens, tiles]
+  const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
+  i64 x_stride;
+  i64 first_row;        // dequantize: first row of the slice
+  int tokens, out, in, in_padded, group, group_shift, groups, vectors, id_limit;
+};
+
+static constexpr int WIDTHS[PASSES] = {BITS};
+static constexpr int LANE = TILE / 4;    // codes of one lane in one tile and row
+static constexpr int STEPS = TILE / 32;  // mma steps of one tile
+
+__host__ __device__ constexpr int plane_width(int bits, int plane) {
+  return plane == 0 ? (bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits) : bits == 6 ? 2 : 1;
+}
+__host__ __device__ constexpr int plane_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
+__host__ __device__ constexpr int bits_before(int pass) {
+  int total = 0;
+  for (int i = 0; i < pass; i++) total += WIDTHS[i];
+  return total;
+}
+
+// One ring slot of one warp: for each pass the planes [row half][lane], then 16 words with the rows' scales.
+static constexpr int SLOT_SCALES = 64 * LANE * bits_before(PASSES) / 8;
+static constexpr int SLOT = SLOT_SCALES + 64 * PASSES;
+
+// ---------------------------------------------------------------------------------------------- small instructions
+
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+__device__ __forceinline__ float half_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ u16 float_to_half(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ u16 float_to_bfloat(float f) {
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
+__device__ __forceinline__ void multiply(int* c, const u32* a, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies N bytes (a lane's codes) from global to shared memory without waiting; below 4 bytes there is no such copy.
+template <int N>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  if constexpr (N == 32) {
+    copy_async<16>(to, from);
+    copy_async<16>((u8*)to + 16, (const u8*)from + 16);
+  } else if constexpr (N == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  } else if constexpr (N == 8 || N == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(N) : "memory");
+  } else if constexpr (N == 2) {
+    *(u16*)to = *(const u16*)from;
+  } else {
+    *(u8*)to = *(const u8*)from;
+  }
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+// Programmatic dependent launch: weights are constants, so they are fetched while the kernel before still runs.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------- codes to levels
+
+__host__ __device__ constexpr int level(int bits, int code) {
+  constexpr signed char two[] = {LEVELS_2}, three[] = {LEVELS_3}, four[] = {LEVELS_4}, five[] = {LEVELS_5},
+                        six[] = {LEVELS_6};
+  return bits == 2 ? two[code] : bits == 3 ? three[code] : bits == 4 ? four[code] : bits == 5 ? five[code] : six[code];
+}
+// Four levels of a table, from code `first` on, as the bytes of one register.
+template <int B, int FIRST>
+__device__ __forceinline__ u32 table_word() {
+  constexpr u32 word = (u32)(u8)level(B, FIRST) | (u32)(u8)level(B, FIRST + 1) << 8 |
+                       (u32)(u8)level(B, FIRST + 2) << 16 | (u32)(u8)level(B, FIRST + 3) << 24;
+  return word;
+}
+// Bits 0..7 of b to every second, or every fourth, bit.
+__device__ __forceinline__ u32 spread_by_two(u32 b) {
+  u32 x = (b | b << 4) & 0x0F0Fu;
+  x = (x | x << 2) & 0x3333u;
+  return (x | x << 1) & 0x5555u;
+}
+__device__ __forceinline__ u32 spread_by_four(u32 b) {
+  u32 x = (b | b << 12) & 0x000F000Fu;
+  x = (x | x << 6) & 0x03030303u;
+  return (x | x << 3) & 0x11111111u;
+}
+__device__ __forceinline__ u32 spread_pairs_by_four(u32 b) {  // 2-bit fields to every fourth bit
+  u32 x = permute(b, 0, 0x4140);
+  x = (x | x << 4) & 0x0F0F0F0Fu;
+  return (x | x << 2) & 0x33333333u;
+}
+// level[FIRST + code] of four codes: `low` has their bits 0..2 as nibbles, `top` picks by bit 3.
+template <int B, int FIRST>
+__device__ __forceinline__ u32 look_up_16(u32 low, u32 top) {
+  return permute(permute(table_word<B, FIRST>(), table_word<B, FIRST + 4>(), low),
+                 permute(table_word<B, FIRST + 8>(), table_word<B, FIRST + 12>(), low), top);
+}
+
+// Eight consecutive codes of a row to two registers of int8 levels. `first` and `second` are the row's plane words
+// of this tile, `step` the mma step.
+template <int B>
+__device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
+  constexpr u32 KEEP = 0x32103210u;
+  if constexpr (B == 8) {
+    a = first[2 * step] ^ 0x80808080u;
+    b = first[2 * step + 1] ^ 0x80808080u;
+  } else if constexpr (B == 2 || B == 3) {
+    u32 q = first[step / 2] >> (16 * (step & 1));
+    u32 even = q & 0x3333u, odd = (q >> 2) & 0x3333u;
+    if constexpr (B == 3) {
+      u32 high = spread_by_two(second[step / 4] >> (8 * (step & 3)) & 0xFFu);
+      even |= (high & 0x1111u) << 2;
+      odd |= high & 0x4444u;
+    }
+    u32 upper = B == 3 ? table_word<B, B == 3 ? 4 : 0>() : 0u;
+    u32 e = permute(table_word<B, 0>(), upper, even), o = permute(table_word<B, 0>(), upper, odd);
+    a = permute(e, o, 0x5140);
+    b = permute(e, o, 0x7362);
+  } else {
+    u32 q = first[step];
+    u32 low = q & 0x77777777u, top = (q >> 1 & 0x44444444u) | KEEP;
+    u32 low2 = low >> 16, top2 = top >> 16;
+    if constexpr (B == 4) {
+      a = look_up_16<4, 0>(low, top);
+      b = look_up_16<4, 0>(low2, top2);
+    } else if constexpr (B == 5) {
+      u32 select = spread_by_four(second[step / 4] >> (8 * (step & 3)) & 0xFFu) << 2 | KEEP;
+      a = permute(look_up_16<5, 0>(low, top), look_up_16<5, 16>(low, top), select);
+      b = permute(look_up_16<5, 0>(low2, top2), look_up_16<5, 16>(low2, top2), select >> 16);
+    } else {
+      u32 pairs = spread_pairs_by_four(second[step / 2] >> (16 * (step & 1)) & 0xFFFFu);
+      u32 five = (pairs & 0x11111111u) << 2 | KEEP, six = (pairs & 0x22222222u) << 1 | KEEP;
+      a = permute(permute(look_up_16<6, 0>(low, top), look_up_16<6, 16>(low, top), five),
+                  permute(look_up_16<6, 32>(low, top), look_up_16<6, 48>(low, top), five), six);
+      five >>= 16, six >>= 16;
+      b = permute(permute(look_up_16<6, 0>(low2, top2), look_up_16<6, 16>(low2, top2), five),
+                  permute(look_up_16<6, 32>(low2, top2), look_up_16<6, 48>(low2, top2), five), six);
+    }
+  }
+}
+
+// Byte offset within a row of the codes that lane t reads of the tile at input k.
+__device__ __forceinline__ int code_offset(const Params& p, int bits, int plane, int k, int t) {
+  int width = plane_width(bits, plane);
+  int lane = t * (LANE * width / 8);
+  if (plane_count(bits) == 1) return (k >> 3) * width + lane;  // 32 | k
+  int group = k >> p.group_shift, within = k - group * p.group;
+  int before = plane == 0 ? 0 : plane_width(bits, 0);
+  return group * (p.group / 8) * bits + p.group / 8 * before + (within >> 3) * width + lane;
+}
+
+template <int BYTES>
+__device__ __forceinline__ void read_words(u32* words, const u8* from) {
+  if constexpr (BYTES >= 16) {
+    for (int i = 0; i < BYTES / 16; i++) {
+      uint4 v = ((const uint4*)from)[i];
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+  } else if constexpr (BYTES == 8) {
+    uint2 v = *(const uint2*)from;
+    words[0] = v.x, words[1] = v.y;
+  } else if constexpr (BYTES == 4) {
+    words[0] = *(const u32*)from;
+  } else if constexpr (BYTES == 2) {
+    words[0] = *(const u16*)from;
+  } else {
+    words[0] = *from;
+  }
+}
+
+// ------------------------------------------------------------------------------------------- the input's transform
+
+__device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, float* v) {
+#if X_TYPE == 0
+  const float* x = (const float*)p.x + row;
+#else
+  const u16* x = (const u16*)p.x + row;
+#endif
+  if (p.vectors && k + 8 <= p.in) {
+#if X_TYPE == 0
+    for (int i = 0; i < 2; i++) {
+      float4 f = ((const float4*)(x + k))[i];
+      v[4 * i] = f.x, v[4 * i + 1] = f.y, v[4 * i + 2] = f.z, v[4 * i + 3] = f.w;
+    }
+#else
+    uint4 q = *(const uint4*)(x + k);
+    u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if X_TYPE == 1
+      v[2 * i] = half_to_float((u16)words[i]), v[2 * i + 1] = half_to_float((u16)(words[i] >> 16));
+#else
+      v[2 * i] = __uint_as_float(words[i] << 16), v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+#endif
+    }
+#endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float f = 0.f;
+      if (k + i < p.in) {
+#if X_TYPE == 0
+        f = x[k + i];
+#elif X_TYPE == 1
+        f = half_to_float(x[k + i]);
+#else
+        f = __uint_as_float((u32)x[k + i] << 16);
+#endif
+      }
+      v[i] = f;
+    }
+  }
+}
+
+__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {
+  if (p.vectors && k + 8 <= p.in) {
+    uint2 q = *(const uint2*)(p.channel + k);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      u32 byte = (i < 4 ? q.x >> (8 * i) : q.y >> (8 * (i - 4))) & 0xFFu;
+      a[i] = half_to_float((u16)(byte << 8));  // e5m2 is the upper byte of fp16
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) a[i] = k + i < p.in ? half_to_float((u16)(p.channel[k + i] << 8)) : 0.f;
+  }
+}
+
+// H on eight neighbours a lane: three butterfly stages in registers, the others across lanes.
+__device__ __forceinline__ void hadamard(float* v, int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (!(i & bit)) {
+        float a = v[i], b = v[i | bit];
+        v[i] = a + b, v[i | bit] = a - b;
+      }
+    }
+  }
+#pragma unroll
+  for (int bit = 1; bit < BLOCK / 8; bit *= 2) {
+    float sign = lane & bit ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = fmaf(sign, v[i], __shfl_xor_sync(~0u, v[i], bit));
+  }
+  const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] *= norm;
+}
+
+// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile. `base` is the input that
+// the planes start with.
+__device__ __forceinline__ void transform(const Params& p, int token, int k0, int end, int base, u8* high, u8* low,
+                                          float* scales) {
+  int lane = threadIdx.x & 31, k = k0 + lane * 8;
+  float v[8];
+  load_inputs(p, token * p.x_stride, k, v);
+#if SCALED
+  float a[8];
+  channel_scales(p, k, a);
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] *= a[i];
+#endif
+#if ROTATE
+  hadamard(v, lane);
+#endif
+  float most = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
+#pragma unroll
+  for (int bit = 1; bit < TILE / 8; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
+  // 32512 = 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN or Inf and so every output NaN.
+  float scale = most * (1.f / 32512.f);
+  float inverse = scale > 0.f ? 1.f / scale : 0.f;
+  int q[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), 32512), -32512);
+  if (k >= end) return;
+  u32 l[2], h[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    int* n = q + 4 * i;
+    l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
+    h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
+  }
+  *(uint2*)(high + k - base) = make_uint2(h[0], h[1]);
+  *(uint2*)(low + k - base) = make_uint2(l[0], l[1]);
+  if (lane % (TILE / 8) == 0) scales[(k - base) / TILE] = scale;
+}
+
+// T(x) of many tokens, once for all blocks of the product: one warp for 256 inputs of one token.
+extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  int chunks = (p.in_padded + 255) / 256;
+  int item = blockIdx.x * 8 + threadIdx.x / 32;
+  if (item >= chunks * p.tokens) return;
+  int token = item / chunks, k0 = item % chunks * 256;
+  u8* high = p.planes + (i64)(2 * token) * p.in_padded;
+  transform(p, token, k0, p.in_padded, 0, high, high + p.in_padded, p.plane_scale + (i64)token * (p.in_padded / TILE));
+}
+
+// --------------------------------------------------------------------------------------------------- the product
+
+template <int I>
+__device__ __forceinline__ void fetch_pass(const Params& p, u8* slot, int row0, int row1, int k, int lane) {
+  constexpr int B = WIDTHS[I];
+  int t = lane & 3;
+  i64 stride = (i64)(p.in_padded >> 3) * B;
+#pragma unroll
+  for (int plane = 0; plane < plane_count(B); plane++) {
+    constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+    u8* to = slot + 64 * LANE * bits_before(I) / 8 + plane * 64 * W0;
+    const u8* from = p.packed[I] + code_offset(p, B, plane, k, t);
+    if (plane == 0) {
+      copy_async<W0>(to + lane * W0, from + row0 * stride);
+      copy_async<W0>(to + (32 + lane) * W0, from + row1 * stride);
+    } else if constexpr (plane_count(B) == 2) {
+      copy_async<W1>(to + lane * W1, from + row0 * stride);
+      copy_async<W1>(to + (32 + lane) * W1, from + row1 * stride);
+    }
+  }
+  if (t < 2) {  // the aligned word that holds this row's fp16 scale; the last word may be half a word
+    i64 index = (i64)(t ? row1 : row0) * p.groups + (k >> p.group_shift);
+    int bytes = (index & ~1ll) + 2 <= (i64)p.out * p.groups ? 4 : 2;
+    u8* to = slot + SLOT_SCALES + 64 * I + 4 * ((lane >> 2) + 8 * t);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
+                 "l"(p.scale[I] + (index & ~1ll)), "r"(bytes)
+                 : "memory");
+  }
+  if constexpr (I + 1 < PASSES) fetch_pass<I + 1>(p, slot, row0, row1, k, lane);
+}
+
+// total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
+template <int I>
+__device__ __forceinline__ void multiply_pass(const Params& p, const u8* slot, const u8* const* columns,
+                                              const float* x_scale, int row0, int row1, int k, int lane,
+                                              float (*total)[2]) {
+  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  const u8* codes = slot + 64 * LANE * bits_before(I) / 8;
+  u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    read_words<W0>(words[h], codes + (32 * h + lane) * W0);
+    if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + 64 * W0 + (32 * h + lane) * W1);
+  }
+  const u32* scales = (const u32*)(slot + SLOT_SCALES + 64 * I) + (lane >> 2);
+  int group = k >> p.group_shift;
+  float s0 = half_to_float((u16)(scales[0] >> (((row0 * p.groups + group) & 1) * 16)));
+  float s1 = half_to_float((u16)(scales[8] >> (((row1 * p.groups + group) & 1) * 16)));
+  int c[NT][4];
+#pragma unroll
+  for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+  constexpr int AT_ONCE = STEPS < 2 ? 1 : 2;
+#pragma unroll
+  for (int step = 0; step < STEPS; step += AT_ONCE) {
+    u32 b[NT][2 * AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < NT; n++) read_words<8 * AT_ONCE>(b[n], columns[n] + 8 * step);
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; s++) {
+      u32 a[4];
+      decode<B>(words[0], extra[0], step + s, a[0], a[2]);
+      decode<B>(words[1], extra[1], step + s, a[1], a[3]);
+#pragma unroll
+      for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
+    total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
+  }
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(p, slot, columns, x_scale, row0, row1, k, lane, total);
+}
+
+__device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
+  i64 index = (i64)token * p.out + row;
+#if X_TYPE == 0
+  if (p.bias) value += ((const float*)p.bias)[row];
+  ((float*)p.y)[index] = value;
+#elif X_TYPE == 1
+  if (p.bias) value += half_to_float(((const u16*)p.bias)[row]);
+  ((u16*)p.y)[index] = float_to_half(value);
+#else
+  if (p.bias) value += __uint_as_float((u32)((const u16*)p.bias)[row] << 16);
+  ((u16*)p.y)[index] = float_to_bfloat(value);
+#endif
+}
+
+static constexpr int OUTPUTS = 64 * NT;                          // of one strip: 16 rows, 4 NT tokens
+static constexpr int BUFFERS = NT <= 2 ? 2 : 1;                  // of warp sums: two save a barrier
+static constexpr int RING_BYTES = STAGES * WARPS * SLOT;
+static constexpr int SUM_BYTES = BUFFERS * WARPS * OUTPUTS * 4;
+static constexpr int EXCHANGE_BYTES = SPLIT > 1 ? 2 * OUTPUTS * 4 : 0;
+
+#if SPLIT > 1
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float read_peer(const float* mine, int rank) {
+  u32 address;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+#endif
+
+// A CTA owns a slice of the inputs (all of them for SPLIT 1) and every (grid / SPLIT)-th strip of 16 rows; its warps
+// take the slice's tiles in turn. The ring of copies runs across strips, so the memory never waits for a barrier.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) u8 shared[];
+  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int rank = blockIdx.x % SPLIT, column_of_grid = blockIdx.x / SPLIT, strip_step = gridDim.x / SPLIT;
+  int blocks = p.in_padded / BLOCK;
+  int k_first = blocks * rank / SPLIT * BLOCK, k_end = blocks * (rank + 1) / SPLIT * BLOCK;
+  int tiles = (k_end - k_first) / TILE;
+  int widest = (blocks + SPLIT - 1) / SPLIT * BLOCK, pitch = widest + 16;  // 16: two columns share no bank
+  u8* ring = shared + warp * SLOT;
+  float* sums = (float*)(shared + RING_BYTES);
+  float* exchange = sums + SUM_BYTES / 4;
+  u8* planes = shared + RING_BYTES + SUM_BYTES + EXCHANGE_BYTES;
+  float* plane_scale = (float*)(planes + 2 * p.tokens * pitch);
+  int scale_pitch = widest / TILE;
+
+  int strips = (p.out + 15) / 16;
+  int per_strip = tiles > warp ? (tiles - warp + WARPS - 1) / WARPS : 0;
+  int fetch_strip = per_strip ? column_of_grid : strips, fetch_tile = warp, fetch_stage = 0;
+  auto fetch = [&]() {
+    if (fetch_strip < strips) {
+      int row0 = min(fetch_strip * 16 + g, p.out - 1), row1 = min(fetch_strip * 16 + g + 8, p.out - 1);
+      fetch_pass<0>(p, ring + fetch_stage * (WARPS * SLOT), row0, row1, k_first + fetch_tile * TILE, lane);
+      fetch_tile += WARPS;
+      if (fetch_tile >= tiles) fetch_tile = warp, fetch_strip += strip_step;
+    }
+    commit_copies();
+    fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) fetch();
+  allow_next_kernel();
+  wait_for_previous_kernel();
+
+#if FUSED
+  int chunks = (k_end - k_first + 255) / 256;
+#pragma unroll 1
+  for (int item = warp; item < chunks * p.tokens; item += WARPS) {
+    int token = item / chunks;
+    u8* high = planes + 2 * token * pitch;
+    transform(p, token, k_first + item % chunks * 256, k_end, k_first, high, high + pitch,
+              plane_scale + token * scale_pitch);
+  }
+#else
+  int pieces = (k_end - k_first) / 16;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < pieces * 2 * p.tokens; i += WARPS * 32) {
+    int column = i / pieces, piece = i % pieces;
+    *(uint4*)(planes + column * pitch + 16 * piece) =
+        *(const uint4*)(p.planes + (i64)column * p.in_padded + k_first + 16 * piece);
+  }
+  for (int i = threadIdx.x; i < tiles * p.tokens; i += WARPS * 32) {
+    int token = i / tiles, tile = i % tiles;
+    plane_scale[token * scale_pitch + tile] =
+        p.plane_scale[(i64)token * (p.in_padded / TILE) + k_first / TILE + tile];
+  }
+#endif
+  __syncthreads();
+
+  // Columns beyond the last token repeat it: their sums are never stored.
+  const u8* column[NT];
+  const float* x_scales[NT];
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * pitch + t * LANE;
+    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * scale_pitch;
+  }
+  int stage = 0, buffer = 0;
+#pragma unroll 1
+  for (int strip = column_of_grid; strip < strips; strip += strip_step) {
+    int row0 = min(strip * 16 + g, p.out - 1), row1 = min(strip * 16 + g + 8, p.out - 1);
+    float total[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
+#pragma unroll 1
+    for (int tile = warp; tile < tiles; tile += WARPS) {
+      wait_copies<STAGES - 2>();
+      __syncwarp();
+      fetch();  // into the slot that the warp finished before this barrier
+      const u8* at[NT];
+      float x_scale[NT];
+#pragma unroll
+      for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
+      multiply_pass<0>(p, ring + stage * (WARPS * SLOT), at, x_scale, row0, row1, k_first + tile * TILE, lane, total);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    float* sum = sums + buffer * WARPS * OUTPUTS;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      sum[warp * OUTPUTS + (4 * n + t) * 16 + g] = total[n][0];
+      sum[warp * OUTPUTS + (4 * n + t) * 16 + g + 8] = total[n][1];
+    }
+    __syncthreads();
+    float value = 0.f;
+    if (threadIdx.x < 16 * p.tokens) {
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) value += sum[w * OUTPUTS + threadIdx.x];
+    }
+    int token = threadIdx.x / 16, row = strip * 16 + threadIdx.x % 16;
+#if SPLIT > 1
+    float* mine = exchange + (strip - column_of_grid) / strip_step % 2 * OUTPUTS;
+    if (threadIdx.x < 16 * p.tokens) mine[threadIdx.x] = value;
+    cluster_barrier();
+    if (threadIdx.x < 16 * p.tokens && threadIdx.x / 16 % SPLIT == rank && row < p.out) {
+      value = 0.f;
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++) value += read_peer(mine + threadIdx.x, r);
+      store_output(p, token, row, value);
+    }
+#else
+    if (threadIdx.x < 16 * p.tokens && row < p.out) store_output(p, token, row, value);
+    if (BUFFERS == 1) __syncthreads();
+#endif
+    if (BUFFERS == 2) buffer ^= 1;
+  }
+  wait_copies<0>();
+#if SPLIT > 1
+  cluster_barrier();  // no CTA leaves while another still reads its sums
+#endif
+}
+
+// ----------------------------------------------------------------------------------------- dense = (V H) * a, by rows
+
+// B operand of out = levels H32 for one mma step: the part of H that acts on the input bits inside one step. Lane t of
+// A holds inputs (t, n), n = 0..7; output column c of tile j stands for (c / 2, 2 j + c % 2). Identity without H.
+__device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
+  int column = lane >> 2, t = lane & 3, to_t = column >> 1, to_n = 2 * j + (column & 1);
+  u32 word = 0;
+  for (int i = 0; i < 4; i++) {
+    int n = 4 * upper + i;
+#if ROTATE
+    u32 value = __popc((t & to_t) << 3 | (n & to_n)) & 1 ? 0xFFu : 1u;
+#else
+    u32 value = t == to_t && n == to_n;
+#endif
+    word |= value << (8 * i);
+  }
+  return word;
+}
+
+static constexpr int BLOCK_STEPS = BLOCK / 32;
+
+template <int I>
+__device__ __forceinline__ void dense_pass(const Params& p, i64 row0, i64 row1, int k, int lane,
+                                           const u32 (*fragment)[2], float (*value)[4][4]) {
+  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  i64 stride = (i64)(p.in_padded >> 3) * B;
+#pragma unroll
+  for (int tile = 0; tile < BLOCK / TILE; tile++) {
+    int at = k + tile * TILE, group = at >> p.group_shift;
+    u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
+    float scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      i64 row = h ? row1 : row0;
+      const u8* codes = p.packed[I] + row * stride;
+      read_words<W0>(words[h], codes + code_offset(p, B, 0, at, lane & 3));
+      if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + code_offset(p, B, 1, at, lane & 3));
+      scale[h] = half_to_float(p.scale[I][row * p.groups + group]);
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      u32 a[4];
+      decode<B>(words[0], extra[0], step, a[0], a[2]);
+      decode<B>(words[1], extra[1], step, a[1], a[3]);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int c[4] = {0, 0, 0, 0};
+        multiply(c, a, fragment[j][0], fragment[j][1]);
+        float* v = value[tile * STEPS + step][j];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = I ? fmaf(scale[i / 2], (float)c[i], v[i]) : scale[i / 2] * (float)c[i];
+      }
+    }
+  }
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(p, row0, row1, k, lane, fragment, value);
+}
+
+__device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
+  if (k >= p.in) return;
+  i64 index = row * p.in + k;
+#if X_TYPE == 0
+  float* y = (float*)p.y + index;
+  if (p.vectors) {
+    ((float4*)y)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    ((float4*)y)[1] = make_float4(v[4], v[5], v[6], v[7]);
+  } else {
+    for (int i = 0; i < 8; i++)
+      if (k + i < p.in) y[i] = v[i];
+  }
+#else
+  u16 half[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) half[i] = X_TYPE == 1 ? float_to_half(v[i]) : float_to_bfloat(v[i]);
+  u16* y = (u16*)p.y + index;
+  if (p.vectors) {
+    *(uint4*)y = make_uint4(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16, half[4] | (u32)half[5] << 16,
+                            half[6] | (u32)half[7] << 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (k + i < p.in) y[i] = half[i];
+  }
+#endif
+}
+
+// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows; one warp for 16 rows of one rotation block.
+extern "C" __global__ void __launch_bounds__(256) tqw_dequantize(const __grid_constant__ Params p) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int k = (blockIdx.x * 8 + threadIdx.x / 32) * BLOCK, first = blockIdx.y * 16;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (k >= p.in_padded) return;
+  i64 to[2], from[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    to[h] = first + g + 8 * h;
+    i64 read = min(to[h], (i64)p.tokens - 1);
+    from[h] = p.ids ? p.ids[read] : p.first_row + read;
+    if (p.ids && (from[h] < 0 || from[h] >= p.out)) __trap();  // as torch's own embedding: a device-side assertion
+  }
+  u32 fragment[4][2];
+#pragma unroll
+  for (int j = 0; j < 4; j++) fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
+  float value[BLOCK_STEPS][4][4];
+  dense_pass<0>(p, from[0], from[1], k, lane, fragment, value);
+#if ROTATE
+  // the input bits that number the steps
+#pragma unroll
+  for (int bit = 1; bit < BLOCK_STEPS; bit *= 2) {
+#pragma unroll
+    for (int s = 0; s < BLOCK_STEPS; s++) {
+      if (s & bit) continue;
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        float a = value[s][i / 4][i % 4], b = value[s | bit][i / 4][i % 4];
+        value[s][i / 4][i % 4] = a + b, value[s | bit][i / 4][i % 4] = a - b;
+      }
+    }
+  }
+  const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
+#else
+  const float norm = 1.f;
+#endif
+#pragma unroll
+  for (int s = 0; s < BLOCK_STEPS; s++) {
+    int at = k + s / STEPS * TILE + t * LANE + s % STEPS * 8;
+    float a[8];
+#if SCALED
+    channel_scales(p, at, a);
+#endif
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        v[i] = value[s][i / 2][2 * h + i % 2] * norm;
+#if SCALED
+        v[i] *= a[i];
+#endif
+      }
+      if (to[h] < p.tokens) store_dense(p, to[h], at, v);
+    }
+  }
+}

@@ -1,0 +1,95 @@
+"""The CUDA backend: equal to the dense layer within the bound of its fixed-point inputs; compiles without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tqw import kernels
+from tqw.config import QuantConfig
+from tqw.kernels import cuda
+from tqw.weight import QuantizedWeight, dequantize, quantize
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+ROUND_OFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+def make(out_features: int, in_features: int, **settings) -> QuantizedWeight:
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)) * 0.05
+    return quantize(weight.cuda(), QuantConfig(**settings))
+
+
+def check(y: torch.Tensor, x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+    """Few tokens: inputs are rounded to 2^-16 of their tile's largest, at most |T(x)| of the tile, so by Cauchy-Schwarz
+    the error of random sign is below 2^-13 |x| |w|. Many tokens: dense weights are rounded to the dtype, 2 u |x| |w|.
+    """
+    dense = dequantize(qw).double()
+    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+    magnitude = x.double().norm(dim=-1, keepdim=True) * dense.norm(dim=-1)
+    unit = ROUND_OFF[x.dtype]
+    bound = 2 * unit * exact.abs() + (2.0**-13 + 2 * unit) * magnitude
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("in_features", [576, 100, 11008])
+@pytest.mark.parametrize("out_features", [1, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 512])
+@pytest.mark.parametrize("dtype", list(ROUND_OFF))
+def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype):
+    qw = make(out_features, in_features)
+    x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
+    check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "4+4", "3+2"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+def test_widths_and_groups(bits, group_size):
+    qw = make(40, 1024, bits=bits, group_size=group_size)
+    for tokens in (1, 9, 300):
+        x = torch.randn(tokens, 1024).cuda().half()
+        check(kernels.linear(x, qw, backend="cuda"), x, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
+@pytest.mark.parametrize("strategy", ["shared", "different", "alternating"])
+def test_rotations(rotation, strategy):
+    qw = make(24, 192, bits="4+2", rotation=rotation, rotation_strategy=strategy)
+    x = torch.randn(192, 5).cuda().half().T  # not contiguous
+    check(kernels.linear(x, qw, backend="cuda"), x, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graph_capture_and_embedding():
+    qw = make(64, 256)
+    x = torch.randn(2, 256).cuda().half()
+    kernels.linear(x, qw)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.linear(x, qw)
+    x.copy_(torch.randn(2, 256))
+    y.fill_(float("nan"))
+    graph.replay()
+    check(y, x, qw)
+    ids = torch.tensor([[0, 63], [7, 7]]).cuda()
+    torch.testing.assert_close(kernels.embedding(ids, qw, torch.float32), dequantize(qw)[ids], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_compiles_without_a_gpu(arch):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings is not installed")
+    variant = cuda.Variant((3, 4), 64, 128, True, True, 1, column_tiles=2, fused=False)
+    assert cuda.compile_source(variant.source(), arch)[:4] == b"\x7fELF"
+
+
+def test_says_why_not_without_a_gpu():
+    qw = quantize(torch.randn(8, 64), QuantConfig())
+    assert "not on a CUDA device" in (cuda.supports(torch.randn(1, 64), qw) or "")
