@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tqw.errors import TqwError
-from tqw.kernels import cuda, reference
+from tqw.kernels import cpu, cuda, reference
 from tqw.weight import QuantizedWeight
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 
 _WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
 torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
