@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FLAGS = "-O3 -std=gnu11 -Wall -Wno-psabi -fPIC -shared -fvisibility=hidden -pthread".split()
+FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
 
 
 def compiler() -> list[str] | None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqw.config import QuantConfig
     from tqw.errors import TqwError
-    from tqw.kernels import explain, linear
+    from tqw.kernels import dequantize, explain, linear
     from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
     from tqw.model import quantize_model
     from tqw.pretrained import load, quantize_pretrained, save
-    from tqw.weight import QuantizedWeight, dequantize, merge_passes, quantize
+    from tqw.weight import QuantizedWeight, merge_passes, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,7 +48,7 @@ _HOME = {
     "quantize_pretrained": "pretrained",
     "save": "pretrained",
     "QuantizedWeight": "weight",
-    "dequantize": "weight",
+    "dequantize": "kernels",
     "merge_passes": "weight",
     "quantize": "weight",
 }

@@ -6,6 +6,7 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits
-from tqw.weight import QuantizedWeight, dequantize, quantize
+from tqw.weight import QuantizedWeight, quantize
 
 ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
 
@@ -64,6 +65,17 @@ def attached(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWei
     return QuantizedWeight(tuple(packed), tuple(scales), tuple(channel_scales), rotation, matrix)
 
 
+def kept_weight(module: nn.Module, rotation: str) -> QuantizedWeight:
+    """`attached`, made once and kept until a parameter is replaced: it costs more than a small layer on the CPU."""
+    if torch.compiler.is_compiling():
+        return attached(module, rotation)
+    parameters = tuple(module._parameters.values())
+    kept = module.__dict__.get("_kept_weight")
+    if kept is None or len(kept[0]) != len(parameters) or not all(map(operator.is_, kept[0], parameters)):
+        kept = module.__dict__["_kept_weight"] = parameters, attached(module, rotation)
+    return kept[1]
+
+
 def _describe(qw: QuantizedWeight) -> str:
     return f"bits={format_bits(qw.bits)}, group_size={qw.group_size}, rotation={qw.rotation}"
 
@@ -95,7 +107,7 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer that this one computes."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        dense.weight = nn.Parameter(kernels.dequantize(self.quantized_weight, dtype), requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return dense
@@ -104,7 +116,7 @@ class QuantizedLinear(nn.Linear):
         """Nothing: codes have no random initialisation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.linear(input, attached(self, self.rotation), self.bias)
+        return kernels.linear(input, kept_weight(self, self.rotation), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
@@ -132,14 +144,14 @@ class QuantizedEmbedding(nn.Embedding):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """The dense layer that this one computes."""
-        table = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        table = nn.Parameter(kernels.dequantize(self.quantized_weight, dtype), requires_grad=False)
         return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table, _freeze=True)
 
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.embedding(input, attached(self, self.rotation), self.output_dtype)
+        return kernels.embedding(input, kept_weight(self, self.rotation), self.output_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, " + _describe(self.quantized_weight)

@@ -18,10 +18,10 @@ from tqw import calibrate as calibration
 from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
+from tqw.kernels import dequantize
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, kind_of, plan_model, quantize_model
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
-from tqw.weight import dequantize
 
 Progress = Callable[[str, int, int], None]
 _STORED_MATRIX = "tqw_rotation_matrix"

@@ -10,8 +10,6 @@
 #define _GNU_SOURCE
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,12 +17,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define PAUSE() _mm_pause()
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#define PAUSE() __asm__ volatile("yield")
-#else
-#define PAUSE() ((void)0)
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -124,112 +118,41 @@ INLINE float sum_sixteen(v16f v) {
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------- threads
-// Workers spin for a moment before they sleep: the next layer usually calls within that time. The caller works too and
-// never waits for a worker that has not begun. Two calls at once: the second runs on its own thread.
-
-#define MAX_WORKERS 255
-#define SPINS 20000
+// The OpenMP runtime that torch uses, whose threads still spin from torch's last operation: a second pool would compete
+// with them for the cores. cpu.py finds it in the process and hands over the entry point of its fork and join.
 
 typedef int (*task)(void *job, int64_t index);
 
-static struct {
-    pthread_mutex_t owner, lock;
-    pthread_cond_t wake;
-    int workers;
-    atomic_uint_fast64_t open;  // number of the running job, 0 between jobs
-    atomic_int inside, sleepers, failed;
-    uint64_t jobs;
+struct team {
     task run;
     void *job;
     int64_t count;
-    int allowed;
     atomic_int_fast64_t next;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+    atomic_int failed;
+};
 
-static void work(void) {
-    for (int64_t i; (i = atomic_fetch_add(&pool.next, 1)) < pool.count;)
-        if (pool.run(pool.job, i)) atomic_store(&pool.failed, 1);
+static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int child;  // OpenMP threads do not survive a fork: there everything runs on the caller's thread
+
+static void after_fork(void) { child = 1; }
+
+EXPORT void tqw_threads(void *entry) {
+    if (!gomp_parallel) pthread_atfork(NULL, NULL, after_fork);
+    gomp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))entry;
 }
 
-static void *worker(void *argument) {
-    int id = (int)(intptr_t)argument;
-    uint64_t last = 0, now;
-    for (;;) {
-        int spins = 0;
-        while ((now = atomic_load(&pool.open)) == 0 || now == last) {
-            if (++spins < SPINS) {
-                PAUSE();
-                continue;
-            }
-            pthread_mutex_lock(&pool.lock);
-            atomic_fetch_add(&pool.sleepers, 1);
-            while ((now = atomic_load(&pool.open)) == 0 || now == last) pthread_cond_wait(&pool.wake, &pool.lock);
-            atomic_fetch_sub(&pool.sleepers, 1);
-            pthread_mutex_unlock(&pool.lock);
-        }
-        atomic_fetch_add(&pool.inside, 1);
-        now = atomic_load(&pool.open);  // once inside, the job stays until we leave
-        if (now) {
-            if (id < pool.allowed) work();
-            last = now;
-        }
-        atomic_fetch_sub(&pool.inside, 1);
-    }
-    return NULL;
+static void work(void *argument) {
+    struct team *team = argument;
+    for (int64_t i; (i = atomic_fetch_add(&team->next, 1)) < team->count;)
+        if (team->run(team->job, i)) atomic_store(&team->failed, 1);
 }
 
-static void after_fork(void) {  // threads do not survive a fork: the child starts its own
-    pthread_mutex_init(&pool.owner, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
-    pool.workers = 0;
-    atomic_store(&pool.open, 0);
-    atomic_store(&pool.inside, 0);
-    atomic_store(&pool.sleepers, 0);
-}
-
-static void start_workers(int wanted) {
-    static int registered;
-    if (!registered) registered = !pthread_atfork(NULL, NULL, after_fork);
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals belong to the program's own threads
-    for (; registered && pool.workers < wanted && pool.workers < MAX_WORKERS; pool.workers++) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.workers)) break;
-        pthread_detach(thread);
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
-static int parallel(task run, void *job, int64_t count, int threads) {
-    if (threads < 2 || count < 2 || pthread_mutex_trylock(&pool.owner)) {
-        int failed = 0;
-        for (int64_t i = 0; i < count; i++) failed |= run(job, i);
-        return failed;
-    }
-    start_workers(threads - 1);
-    pool.run = run;
-    pool.job = job;
-    pool.count = count;
-    pool.allowed = threads - 1;
-    atomic_store(&pool.failed, 0);
-    atomic_store(&pool.next, 0);
-    atomic_store(&pool.open, ++pool.jobs);
-    if (atomic_load(&pool.sleepers)) {
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.lock);
-    }
-    work();
-    atomic_store(&pool.open, 0);
-    for (int spins = 0; atomic_load(&pool.inside);) {
-        if (++spins < SPINS) PAUSE();
-        else sched_yield();
-    }
-    int failed = atomic_load(&pool.failed);
-    pthread_mutex_unlock(&pool.owner);
-    return failed;
+static int parallel(task run, void *job, int64_t count, int64_t threads) {
+    struct team team = {.run = run, .job = job, .count = count};
+    if (count < threads) threads = count;
+    if (threads < 2 || !gomp_parallel || child) work(&team);
+    else gomp_parallel(work, &team, (unsigned)threads, 0);
+    return team.failed;
 }
 
 // ---------------------------------------------------------------- one call
@@ -239,7 +162,7 @@ static int parallel(task run, void *job, int64_t count, int threads) {
 //   FLOATS   T(x) itself [padded]
 //   LANES    for each tile of 128 (64 at 8 bits): q in the order in which the kernel unpacks codes, and for each of the
 //            16 int32 lanes the start value -128 sum(q), which undoes the unsigned bytes' offset, and the scale
-//   COLUMNS  q with each chunk in unpacking order, sx[chunks], -128 sum(q) [chunks]
+//   COLUMNS  q with each 32 in unpacking order, sx[chunks], -128 sum(q) [chunks]
 enum { NATURAL, FLOATS, LANES, COLUMNS };
 
 struct call {
@@ -388,16 +311,29 @@ INLINE void arrange_lanes(const struct call *c, const int8_t *q, const float *sx
     }
 }
 
+// The order in which a unit of 32 codes meets its 8 steps of 4 (see step_of in cpu_avx512.h).
+INLINE void reorder_unit(const int8_t *q, int8_t *out, int order) {
+    typedef int8_t unit __attribute__((vector_size(32), aligned(1)));
+    unit v = *(const unit *)q;
+    if (order == 2)
+        v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13,
+                                    15, 17, 19, 21, 23, 25, 27, 29, 31);
+    if (order == 4)
+        v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6, 10, 14, 18, 22,
+                                    26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+    *(unit *)out = v;
+}
+
 INLINE void arrange_columns(const struct call *c, const int8_t *q, const float *sx, char *out, int order) {
     float *scale = (float *)(out + c->w->padded);
-    int32_t *bias = (int32_t *)(scale + c->chunks);
+    int32_t *start = (int32_t *)(scale + c->chunks);
     for (int64_t i = 0; i < c->chunks; i++) {
         int32_t sum = 0;
         for (int64_t k = 0; k < c->chunk; k++) sum += q[i * c->chunk + k];
-        reorder(q + i * c->chunk, (int8_t *)out + i * c->chunk, c->chunk, order);
         scale[i] = sx[i];
-        bias[i] = -128 * sum;
+        start[i] = -128 * sum;
     }
+    for (int64_t k = 0; k < c->w->padded; k += 32) reorder_unit(q + k, (int8_t *)out + k, order);
 }
 
 INLINE int prologue_body(struct call *c, int64_t token) {
@@ -436,326 +372,240 @@ INLINE int prologue_body(struct call *c, int64_t token) {
 
 // ---------------------------------------------------------------- any machine: expand a row, then dot products
 
-// Integer levels of a row, in their natural order.
-INLINE void expand_row(const struct tqw_weight *w, const struct tqw_pass *p, int64_t row, int8_t *out) {
-    int bits = (int)p->bits, low = first_plane(bits), high = bits - low;
-    const uint8_t *bytes = p->packed + row * (w->padded * bits / 8);
-    const int8_t *levels = p->levels;
+typedef uint8_t v16u8 __attribute__((vector_size(16), aligned(1)));
+typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
+typedef float v8f __attribute__((vector_size(32), aligned(4)));
+
+INLINE v16u8 copy_bytes(const uint8_t *p, const int count) {
+    typedef uint64_t v2u64 __attribute__((vector_size(16)));
+    uint64_t low = 0;
+    memcpy(&low, p, (size_t)count);
+    return (v16u8)(v2u64){low, 0};
+}
+
+// 16 fields of 1, 2 or 4 bits, lowest bits first, as bytes.
+INLINE v16u8 fields(const uint8_t *p, const int bits) {
+    if (bits == 4) {
+        v16u8 v = copy_bytes(p, 8), low = v & 15, high = v >> 4;
+        return __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    }
+    if (bits == 2) {
+        v16u8 v = copy_bytes(p, 4);
+        v = __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        const v16u8 one = {1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64};
+        return ((v16u8)((v & one) != 0) & 1) | ((v16u8)((v & (one << 1)) != 0) & 2);
+    }
+    v16u8 v = copy_bytes(p, 2);
+    v = __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const v16u8 one = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    return (v16u8)((v & one) != 0) & 1;
+}
+
+// Integer levels of a row, in their natural order. table: the levels, in pieces of 16.
+INLINE void expand_codes(const struct tqw_weight *w, const uint8_t *bytes, const int bits, const v16u8 *table, int8_t *out) {
+    const int low = first_plane(bits), high = bits - low;
     for (int64_t start = 0; start < w->padded; start += w->group, bytes += w->group * bits / 8) {
         const uint8_t *second = bytes + w->group * low / 8;
-        int8_t *o = out + start;
-        switch (bits) {
-        case 2:
-            for (int64_t k = 0; k < w->group; k += 4)
-                for (int f = 0; f < 4; f++) o[k + f] = levels[bytes[k / 4] >> 2 * f & 3];
-            break;
-        case 4:
-            for (int64_t k = 0; k < w->group; k += 2) {
-                o[k] = levels[bytes[k / 2] & 15];
-                o[k + 1] = levels[bytes[k / 2] >> 4];
+        for (int64_t k = 0; k < w->group; k += 16) {
+            v16u8 *to = (v16u8 *)(out + start + k);
+            if (bits == 8) {
+                *to = *(const v16u8 *)(bytes + k) ^ 0x80;
+                continue;
             }
-            break;
-        case 8:
-            for (int64_t k = 0; k < w->group; k++) o[k] = (int8_t)(bytes[k] ^ 0x80);
-            break;
-        default:
-            for (int64_t k = 0; k < w->group; k++) {
-                int64_t l = k * low, h = k * high;
-                int code = (bytes[l / 8] >> l % 8 & ((1 << low) - 1)) | (second[h / 8] >> h % 8 & ((1 << high) - 1)) << low;
-                o[k] = levels[code];
+            v16u8 code = fields(bytes + k * low / 8, low);
+            if (bits == 3) code |= fields(second + k / 8, 1) << 2;
+            v16u8 level = __builtin_shuffle(table[0], code);
+            if (low == 4 && high) {
+                v16u8 top = fields(second + k * high / 8, high);
+                for (int part = 1; part < 1 << high; part++) {
+                    v16u8 mine = (v16u8)(top == (uint8_t)part);
+                    level = (level & ~mine) | (__builtin_shuffle(table[part], code) & mine);
+                }
             }
+            *to = level;
         }
     }
 }
 
-typedef int32_t (*dot_function)(const int8_t *, const int8_t *, int64_t);
+INLINE void expand_row(const struct tqw_weight *w, const struct tqw_pass *p, int64_t row, int8_t *out) {
+    v16u8 table[4] = {0};
+    if (p->bits < 8) memcpy(table, p->levels, (size_t)1 << p->bits);
+    const uint8_t *bytes = p->packed + row * (w->padded * p->bits / 8);
+    switch (p->bits) {
+#define CASE(bits) case bits: expand_codes(w, bytes, bits, table, out); break;
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#undef CASE
+    }
+}
 
-INLINE int32_t dot_portable(const int8_t *a, const int8_t *b, int64_t n) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (int32_t)a[i] * b[i];
+// sum[t] = 8 partial sums of a . b_t over n (32, 64 or 128) bytes, for `tokens` vectors b that lie `stride` bytes apart.
+typedef void (*dot_function)(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum);
+
+INLINE void dot_portable(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum) {
+    typedef int8_t v8b __attribute__((vector_size(8), aligned(1)));
+    for (int t = 0; t < tokens; t++) {
+        sum[t] = (v8i){0};
+        for (int64_t i = 0; i < n; i += 8)
+            sum[t] += __builtin_convertvector(*(const v8b *)(a + i), v8i) * __builtin_convertvector(*(const v8b *)(b + t * stride + i), v8i);
+    }
+}
+
+INLINE v8f dot_floats(const int8_t *levels, const float *x, int64_t n) {
+    typedef int8_t v8b __attribute__((vector_size(8), aligned(1)));
+    v8f sum = {0};
+    for (int64_t i = 0; i < n; i += 8) sum += __builtin_convertvector(*(const v8b *)(levels + i), v8f) * *(const v8f *)(x + i);
     return sum;
 }
 
-INLINE float dot_floats(const int8_t *levels, const float *x, int64_t n) {
-    v16f sum = splat(0);
-    for (int64_t i = 0; i < n; i += 16)
-        sum += __builtin_convertvector(*(const v16b *)(levels + i), v16f) * *(const v16f *)(x + i);
-    return sum_sixteen(sum);
+// total[t] += the 8 partial sums of one row of one pass.
+INLINE void row_times_tokens(const struct call *c, const int8_t *levels, const float *scale, const char *x, int64_t stride,
+                             const int tokens, dot_function dot, v8f *total) {
+    const struct tqw_weight *w = c->w;
+    if (c->layout == FLOATS) {
+        for (int64_t k = 0; k < w->padded; k += w->group)
+            for (int t = 0; t < tokens; t++)
+                total[t] += dot_floats(levels + k, (const float *)(x + t * stride) + k, w->group) * scale[k / w->group];
+        return;
+    }
+    for (int64_t i = 0; i < c->chunks; i++) {
+        v8i sum[4];
+        dot(levels + i * c->chunk, (const int8_t *)x + i * c->chunk, stride, c->chunk, tokens, sum);
+        float s = scale[i * c->chunk / w->group];
+        for (int t = 0; t < tokens; t++)
+            total[t] += __builtin_convertvector(sum[t], v8f) * (s * ((const float *)(x + t * stride + w->padded))[i]);
+    }
+}
+
+INLINE float sum_eight(v8f v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
 INLINE int rows_body(struct call *c, int64_t item, dot_function dot) {
     const struct tqw_weight *w = c->w;
-    int8_t *levels = malloc((size_t)(w->padded + c->tokens * 4));
+    const int64_t groups = w->padded / w->group;
+    int8_t *levels = malloc((size_t)(w->padded + (groups + 8 * c->tokens) * 4));
     if (!levels) return NO_MEMORY;
-    float *y = (float *)(levels + w->padded);
-    int64_t groups = w->padded / w->group, per_group = w->group / c->chunk;
+    float *scale = (float *)(levels + w->padded);
+    v8f *total = (v8f *)(scale + groups);
     for (int64_t row = item * c->rows_per_item; row < smaller((item + 1) * c->rows_per_item, w->out); row++) {
-        float b = c->bias ? load_one(c->bias, row, c->bias_dtype) : 0;
-        for (int64_t t = 0; t < c->tokens; t++) y[t] = b;
+        memset(total, 0, (size_t)c->tokens * sizeof *total);
         for (int64_t pass = 0; pass < w->passes; pass++) {
             const struct tqw_pass *p = &w->pass[pass];
-            int set = c->set_of_pass[pass];
+            const int64_t stride = c->stride[c->set_of_pass[pass]];
+            const char *x = c->activations[c->set_of_pass[pass]];
             expand_row(w, p, row, levels);
-            for (int64_t t = 0; t < c->tokens; t++) {
-                const char *x = c->activations[set] + t * c->stride[set];
-                const float *sx = (const float *)(x + w->padded);
-                float total = 0;
-                for (int64_t g = 0; g < groups; g++) {
-                    float sum = 0;
-                    if (c->layout == FLOATS) sum = dot_floats(levels + g * w->group, (const float *)x + g * w->group, w->group);
-                    else
-                        for (int64_t i = g * per_group; i < (g + 1) * per_group; i++)
-                            sum += sx[i] * (float)dot(levels + i * c->chunk, (const int8_t *)x + i * c->chunk, c->chunk);
-                    total += half_to_float(p->scale[row * groups + g]) * sum;
-                }
-                y[t] += total;
-            }
+            for (int64_t g = 0; g < groups; g++) scale[g] = half_to_float(p->scale[row * groups + g]);
+            int64_t t = 0;
+            for (; t + 4 <= c->tokens; t += 4) row_times_tokens(c, levels, scale, x + t * stride, stride, 4, dot, total + t);
+            for (; t < c->tokens; t++) row_times_tokens(c, levels, scale, x + t * stride, stride, 1, dot, total + t);
         }
-        for (int64_t t = 0; t < c->tokens; t++) store_one(c->y, t * w->out + row, y[t], c->dtype);
+        float b = c->bias ? load_one(c->bias, row, c->bias_dtype) : 0;
+        for (int64_t t = 0; t < c->tokens; t++) store_one(c->y, t * w->out + row, sum_eight(total[t]) + b, c->dtype);
     }
     free(levels);
     return 0;
 }
 
+// ---------------------------------------------------------------- rows of the dense weight
+
+struct rows_call {
+    const struct tqw_weight *w;
+    const int64_t *ids;  // which rows, or NULL for all
+    void *y;
+    int64_t count, rows_per_item;
+    int dtype;
+};
+
+INLINE void transposed_product(const float *matrix, v16f *v, int64_t block) {  // v <- Q^T v
+    v16f out[8] = {0};
+    float value[128];
+    memcpy(value, v, (size_t)block * 4);
+    for (int64_t i = 0; i < block; i++)
+        for (int64_t j = 0; j < block / 16; j++) out[j] += *(const v16f *)(matrix + i * block + j * 16) * value[i];
+    memcpy(v, out, (size_t)block * 4);
+}
+
+// dense[row] += ((scale * level) H) * a for one pass
+INLINE void add_dense_pass(const struct tqw_weight *w, const struct tqw_pass *p, int64_t row, int8_t *levels, float *dense) {
+    const float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    const uint16_t *scale = p->scale + row * (w->padded / w->group);
+    expand_row(w, p, row, levels);
+    for (int64_t start = 0; start < w->padded; start += w->block) {
+        v16f v[8];
+        for (int64_t i = 0; i < w->block; i += 16)
+            v[i / 16] = __builtin_convertvector(*(const v16b *)(levels + start + i), v16f) *
+                        (norm * half_to_float(scale[(start + i) / w->group]));
+        if (w->rotation == HADAMARD) walsh_hadamard(v, (int)(w->block / 16));
+        else if (w->rotation == QR) transposed_product(w->matrix, v, w->block);
+        const float *value = (const float *)v;
+        for (int64_t i = 0; i < smaller(w->block, w->in - start); i++)
+            dense[start + i] += value[i] * half_to_float((uint16_t)(p->channel[start + i] << 8));
+    }
+}
+
+INLINE int dense_body(struct rows_call *c, int64_t item) {
+    const struct tqw_weight *w = c->w;
+    int8_t *levels = malloc((size_t)w->padded * 5);
+    if (!levels) return NO_MEMORY;
+    float *dense = (float *)(levels + w->padded);
+    for (int64_t i = item * c->rows_per_item; i < smaller((item + 1) * c->rows_per_item, c->count); i++) {
+        memset(dense, 0, (size_t)w->padded * 4);
+        for (int64_t pass = 0; pass < w->passes; pass++) add_dense_pass(w, &w->pass[pass], c->ids ? c->ids[i] : i, levels, dense);
+        for (int64_t k = 0; k < w->in; k++) store_one(c->y, i * w->in + k, dense[k], c->dtype);
+    }
+    free(levels);
+    return 0;
+}
+
+static int dense_portable(void *job, int64_t item) { return dense_body(job, item); }
 static int prologue_portable(void *job, int64_t token) { return prologue_body(job, token); }
 static int rows_portable(void *job, int64_t item) { return rows_body(job, item, dot_portable); }
 
 #if defined(__aarch64__)
-__attribute__((target("+dotprod"))) INLINE int32_t dot_neon(const int8_t *a, const int8_t *b, int64_t n) {
-    int32x4_t sum = vdupq_n_s32(0);
-    for (int64_t i = 0; i < n; i += 16) sum = vdotq_s32(sum, vld1q_s8(a + i), vld1q_s8(b + i));
-    return vaddvq_s32(sum);
+#define DOTPROD __attribute__((target("+dotprod")))
+DOTPROD INLINE void dot_neon(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum) {
+    for (int t = 0; t < tokens; t++) {
+        int32x4_t low = vdupq_n_s32(0), high = low;
+        for (int64_t i = 0; i < n; i += 32) {
+            low = vdotq_s32(low, vld1q_s8(a + i), vld1q_s8(b + t * stride + i));
+            high = vdotq_s32(high, vld1q_s8(a + i + 16), vld1q_s8(b + t * stride + i + 16));
+        }
+        vst1q_s32((int32_t *)&sum[t], low);
+        vst1q_s32((int32_t *)&sum[t] + 4, high);
+    }
 }
-__attribute__((target("+dotprod"))) static int rows_neon(void *job, int64_t item) { return rows_body(job, item, dot_neon); }
+DOTPROD static int rows_neon(void *job, int64_t item) { return rows_body(job, item, dot_neon); }
 #endif
 
 #if defined(__x86_64__)
-// |w| <= 128 and |x| <= 127, so a pair of products stays below 2^15 and maddubs cannot saturate.
-#define DOT_AVX2(name, features, step)                                                                        \
-    __attribute__((target(features))) INLINE int32_t name(const int8_t *a, const int8_t *b, int64_t n) {      \
-        __m256i sum = _mm256_setzero_si256();                                                                 \
-        for (int64_t i = 0; i < n; i += 32) {                                                                 \
-            __m256i w = _mm256_loadu_si256((const __m256i *)(a + i));                                         \
-            __m256i x = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)(b + i)), w);                    \
-            w = _mm256_abs_epi8(w);                                                                           \
-            sum = step;                                                                                       \
-        }                                                                                                     \
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));             \
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));                                                     \
-        return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));                               \
+// |a| <= 128 and |b| <= 127, so a pair of products stays below 2^15 and maddubs cannot saturate.
+#define DOT_AVX2(name, features, step)                                                                               \
+    __attribute__((target(features))) INLINE void name(const int8_t *a, const int8_t *b, int64_t stride, int64_t n,  \
+                                                       const int tokens, v8i *out) {                                 \
+        __m256i sum[4];                                                                                              \
+        for (int t = 0; t < tokens; t++) sum[t] = _mm256_setzero_si256();                                            \
+        for (int64_t i = 0; i < n; i += 32) {                                                                        \
+            __m256i v = _mm256_loadu_si256((const __m256i *)(a + i)), u = _mm256_abs_epi8(v);                        \
+            for (int t = 0; t < tokens; t++) {                                                                       \
+                __m256i x = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)(b + t * stride + i)), v);          \
+                sum[t] = step;                                                                                       \
+            }                                                                                                        \
+        }                                                                                                            \
+        for (int t = 0; t < tokens; t++) out[t] = (v8i)sum[t];                                                       \
     }
 #define AVX2_FEATURES "avx2,fma,f16c"
 #define AVXVNNI_FEATURES AVX2_FEATURES ",avxvnni"
 DOT_AVX2(dot_avx2, AVX2_FEATURES,
-         _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))))
-DOT_AVX2(dot_avxvnni, AVXVNNI_FEATURES, _mm256_dpbusd_avx_epi32(sum, w, x))
+         _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1))))
+DOT_AVX2(dot_avxvnni, AVXVNNI_FEATURES, _mm256_dpbusd_avx_epi32(sum[t], u, x))
 __attribute__((target(AVX2_FEATURES))) static int prologue_avx2(void *j, int64_t i) { return prologue_body(j, i); }
+__attribute__((target(AVX2_FEATURES))) static int dense_avx2(void *j, int64_t i) { return dense_body(j, i); }
 __attribute__((target(AVX2_FEATURES))) static int rows_avx2(void *j, int64_t i) { return rows_body(j, i, dot_avx2); }
 __attribute__((target(AVXVNNI_FEATURES))) static int rows_avxvnni(void *j, int64_t i) {
     return rows_body(j, i, dot_avxvnni);
 }
 
-// ---------------------------------------------------------------- AVX-512 VNNI
-// Weights are unsigned bytes level + 128, activations signed bytes: what vpdpbusd multiplies.
-
-#define AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
-#define FAST __attribute__((target(AVX512_FEATURES)))
-#define FAST_INLINE FAST INLINE
-
-// Constants of one pass for the loops below.
-struct tables {
-    __m512i level[4];        // 16 biased levels each, repeated in every 128 bits
-    __m256i scale_of_lane;   // byte shuffle: the tile's scales -> one float16 for each lane
-    int64_t bits, order, tile, tiles, group, group_bytes, row_bytes, padded, groups;
-    int64_t per_tile;        // scales in a tile
-    int pieces;              // groups in a tile whose planes lie apart
-};
-
-FAST_INLINE void make_tables(const struct tqw_weight *w, const struct tqw_pass *p, struct tables *t) {
-    int bits = (int)p->bits, order = order_of(bits);
-    for (int part = 0; part < 4; part++) {
-        uint8_t row[16] = {0};
-        for (int i = 0; bits < 8 && i < 16 && part * 16 + i < 1 << bits; i++) row[i] = (uint8_t)(p->levels[part * 16 + i] + 128);
-        t->level[part] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)row));
-    }
-    t->bits = bits, t->order = order, t->tile = tile_of(order), t->padded = w->padded, t->group = w->group;
-    t->tiles = (w->padded + t->tile - 1) / t->tile;
-    t->group_bytes = w->group * bits / 8, t->row_bytes = w->padded * bits / 8, t->groups = w->padded / w->group;
-    int several = w->group < t->tile && t->groups > 1;
-    t->per_tile = several ? t->tile / w->group : 1;
-    t->pieces = several && first_plane(bits) != bits;
-    uint8_t lane[32];
-    for (int i = 0; i < 16; i++) {
-        int scale = several ? (int)(unit_of_lane(i, order) * 32 / w->group) : 0;
-        lane[2 * i] = (uint8_t)(2 * scale), lane[2 * i + 1] = (uint8_t)(2 * scale + 1);
-    }
-    t->scale_of_lane = _mm256_loadu_si256((const __m256i *)lane);
-}
-
-FAST_INLINE __m512i load512(const uint8_t *p, int64_t n) {
-    return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
-}
-FAST_INLINE __m256i load256(const uint8_t *p, int64_t n) {
-    return n >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(((__mmask32)1 << n) - 1, p);
-}
-FAST_INLINE __m128i load128(const uint8_t *p, int64_t n) {
-    return n >= 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((__mmask16)((1 << n) - 1), p);
-}
-
-// Codes of one tile -> level + 128 as bytes, in unpacking order: `order` runs of tile / order bytes.
-FAST_INLINE void decode(const struct tables *t, const int bits, const uint8_t *row, int64_t tile, __m512i out[2]) {
-    int64_t start = tile * t->tile, codes = t->padded - start;
-    const int low = first_plane(bits), high = bits - low;
-    if (codes > t->tile) codes = t->tile;
-    if (bits == 8) {
-        out[0] = load512(row + start, codes);
-        return;
-    }
-    const uint8_t *first, *second = NULL;
-    uint8_t gathered[2][64];
-    if (high && t->pieces) {  // planes of several small groups: bring each plane together
-        int64_t a = t->group * low / 8, b = t->group * high / 8;
-        const uint8_t *from = row + start / t->group * t->group_bytes;
-        for (int64_t i = 0; i * t->group < codes; i++, from += t->group_bytes) {
-            memcpy(gathered[0] + i * a, from, (size_t)a);
-            memcpy(gathered[1] + i * b, from + a, (size_t)b);
-        }
-        first = gathered[0], second = gathered[1];
-    } else if (high) {
-        int64_t inside = start % t->group;
-        const uint8_t *group = row + start / t->group * t->group_bytes;
-        first = group + inside * low / 8;
-        second = group + t->group * low / 8 + inside * high / 8;
-    } else {
-        first = row + start * low / 8;
-    }
-    if (low == 2) {
-        const __m512i three = _mm512_set1_epi8(3);
-        const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
-        __m512i both = _mm512_broadcast_i64x4(load256(first, codes / 4));
-        __m512i c0 = _mm512_and_si512(_mm512_srlv_epi16(both, shifts), three);
-        __m512i c1 = _mm512_and_si512(_mm512_srlv_epi16(_mm512_srli_epi16(both, 4), shifts), three);
-        if (high) {  // bit of code 4 j + f: bit 4 (j % 2) + f of byte j / 2
-            const __m512i twice = _mm512_set_epi64(
-                0x0f0f0e0e0d0d0c0c, 0x0b0b0a0a09090808, 0x0707060605050404, 0x0303020201010000,
-                0x0f0f0e0e0d0d0c0c, 0x0b0b0a0a09090808, 0x0707060605050404, 0x0303020201010000);
-            const __m512i bit0 = _mm512_inserti64x4(_mm512_set1_epi16(0x1001), _mm256_set1_epi16(0x2002), 1);
-            const __m512i four = _mm512_set1_epi8(4);
-            __m512i top = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(second, codes / 8)), twice);
-            c0 = _mm512_mask_add_epi8(c0, _mm512_test_epi8_mask(top, bit0), c0, four);
-            c1 = _mm512_mask_add_epi8(c1, _mm512_test_epi8_mask(top, _mm512_slli_epi16(bit0, 2)), c1, four);
-        }
-        out[0] = _mm512_shuffle_epi8(t->level[0], c0);
-        out[1] = _mm512_shuffle_epi8(t->level[0], c1);
-        return;
-    }
-    const __m512i fifteen = _mm512_set1_epi8(15);
-    __m512i bytes = load512(first, codes / 2);
-    __m512i c0 = _mm512_and_si512(bytes, fifteen), c1 = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), fifteen);
-    out[0] = _mm512_shuffle_epi8(t->level[0], c0);
-    out[1] = _mm512_shuffle_epi8(t->level[0], c1);
-    if (bits == 5) {  // bit of code 2 j + f: bit 2 (j % 4) + f of byte j / 4
-        const __m512i four_times = _mm512_set_epi64(
-            0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
-            0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
-        __m512i top = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(second, codes / 8)), four_times);
-        __mmask64 m0 = _mm512_test_epi8_mask(top, _mm512_set1_epi32(0x40100401));
-        __mmask64 m1 = _mm512_test_epi8_mask(top, _mm512_set1_epi32((int)0x80200802));
-        out[0] = _mm512_mask_shuffle_epi8(out[0], m0, t->level[1], c0);
-        out[1] = _mm512_mask_shuffle_epi8(out[1], m1, t->level[1], c1);
-    }
-    if (bits == 6) {  // two bits of code 2 j + f: bits 4 (j % 2) + 2 f of byte j / 2
-        __m512i top = _mm512_cvtepu8_epi16(load256(second, codes / 4));
-        top = _mm512_or_si512(top, _mm512_slli_epi16(top, 8));
-        for (int f = 0; f < 2; f++) {
-            __m512i c = f ? c1 : c0;
-            const __m512i bit = _mm512_set1_epi16((short)(f ? 0x4004 : 0x1001));
-            __mmask64 b0 = _mm512_test_epi8_mask(top, bit), b1 = _mm512_test_epi8_mask(top, _mm512_slli_epi16(bit, 1));
-            __m512i upper = _mm512_shuffle_epi8(t->level[2], c);
-            out[f] = _mm512_mask_shuffle_epi8(out[f], b0, t->level[1], c);
-            upper = _mm512_mask_shuffle_epi8(upper, b0, t->level[3], c);
-            out[f] = _mm512_mask_mov_epi8(out[f], b1, upper);
-        }
-    }
-}
-
-FAST_INLINE __m512 scales_of_tile(const struct tables *t, const uint16_t *row, int64_t tile) {
-    uint64_t raw = 0;
-    if (t->per_tile == 1) raw = row[tile * t->tile / t->group];
-    else {
-        int64_t first = tile * t->per_tile, count = smaller(t->per_tile, t->groups - first);
-        if (count == 4) memcpy(&raw, row + first, 8);
-        else if (count == 2) memcpy(&raw, row + first, 4);
-        else memcpy(&raw, row + first, (size_t)count * 2);
-    }
-    return _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x((long long)raw), t->scale_of_lane));
-}
-
-// sum[r][t] += the lanes of rows x tokens of one pass.
-FAST_INLINE void accumulate(const struct tables *t, const int bits, const struct tqw_pass *p, int64_t row,
-                            const int rows, const char *x, int64_t stride, const int tokens, __m512 sum[4][4]) {
-    const uint8_t *packed = p->packed + row * t->row_bytes;
-    const uint16_t *scale = p->scale + row * t->groups;
-    for (int64_t tile = 0; tile < t->tiles; tile++, x += t->tile + 128) {
-        for (int r = 0; r < rows; r++) {
-            __m512i w[2];
-            decode(t, bits, packed + r * t->row_bytes, tile, w);
-            if (bits != 8) __builtin_prefetch(packed + r * t->row_bytes + tile * 16 * bits + 1024);
-            __m512 s = scales_of_tile(t, scale + r * t->groups, tile);
-            for (int k = 0; k < tokens; k++) {
-                const char *mine = x + k * stride;
-                __m512i dot = _mm512_loadu_si512(mine + t->tile);
-                dot = _mm512_dpbusd_epi32(dot, w[0], _mm512_loadu_si512(mine));
-                if (bits != 8) dot = _mm512_dpbusd_epi32(dot, w[1], _mm512_loadu_si512(mine + 64));
-                __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_loadu_ps((const float *)(mine + t->tile + 64)));
-                sum[r][k] = _mm512_fmadd_ps(f, s, sum[r][k]);
-            }
-        }
-    }
-}
-
-FAST_INLINE void rows_times_tokens(const struct call *c, const struct tables *tables, int64_t row, const int rows,
-                                   int64_t token, const int tokens) {
-    const struct tqw_weight *w = c->w;
-    __m512 sum[4][4];
-    for (int r = 0; r < rows; r++)
-        for (int k = 0; k < tokens; k++) sum[r][k] = _mm512_setzero_ps();
-    for (int64_t pass = 0; pass < w->passes; pass++) {
-        const struct tqw_pass *p = &w->pass[pass];
-        int set = c->set_of_pass[pass];
-        const char *x = c->activations[set] + token * c->stride[set];
-        switch (p->bits) {
-#define CASE(bits) case bits: accumulate(&tables[pass], bits, p, row, rows, x, c->stride[set], tokens, sum); break;
-            CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
-#undef CASE
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        float b = c->bias ? load_one(c->bias, row + r, c->bias_dtype) : 0;
-        for (int k = 0; k < tokens; k++)
-            store_one(c->y, (token + k) * w->out + row + r, _mm512_reduce_add_ps(sum[r][k]) + b, c->dtype);
-    }
-}
-
-FAST static int lanes_avx512(void *job, int64_t item) {
-    const struct call *c = job;
-    struct tables tables[MAX_PASSES];
-    for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
-    int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
-    for (; row < end;) {
-        int rows = end - row >= 4 ? 4 : 1;
-        for (int64_t token = 0; token < c->tokens;) {
-            int64_t left = c->tokens - token;
-            if (rows == 4 && left >= 4) rows_times_tokens(c, tables, row, 4, token, 4), token += 4;
-            else if (rows == 4) rows_times_tokens(c, tables, row, 4, token, 1), token += 1;
-            else if (left >= 4) rows_times_tokens(c, tables, row, 1, token, 4), token += 4;
-            else rows_times_tokens(c, tables, row, 1, token, 1), token += 1;
-        }
-        row += rows;
-    }
-    return 0;
-}
-FAST static int prologue_avx512(void *job, int64_t token) { return prologue_body(job, token); }
+#include "cpu_avx512.h"
 #endif
 
 // ---------------------------------------------------------------- the call
@@ -785,7 +635,7 @@ EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, co
     if (tokens == 0 || w->out == 0) return 0;
     struct call c = {.w = w, .x = x, .y = y, .bias = bias, .tokens = tokens, .dtype = (int)dtype,
                      .bias_dtype = (int)bias_dtype, .isa = (int)isa};
-    c.layout = exact ? FLOATS : isa == AVX512 ? LANES : NATURAL;
+    c.layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens == 1 ? LANES : COLUMNS;
     c.chunk = smaller(w->group & -w->group, w->block);
     c.chunks = w->padded / c.chunk;
     c.prologue = prologue_portable;
@@ -795,7 +645,7 @@ EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, co
     if (isa == AVXVNNI) c.body = rows_avxvnni;
     if (isa == AVX512) {
         c.prologue = prologue_avx512;
-        if (!exact) c.body = lanes_avx512;
+        if (!exact) c.body = tokens == 1 ? lanes_avx512 : panels_avx512;
     }
 #elif defined(__aarch64__)
     if (isa == NEON) c.body = rows_neon;
@@ -820,11 +670,23 @@ EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, co
         c.activations[set] = at;
         at += c.stride[set] * tokens;
     }
-    int failed = parallel(c.prologue, &c, tokens, tokens * w->in < 1 << 14 ? 1 : (int)threads);
+    int failed = parallel(c.prologue, &c, tokens, tokens * w->in < 1 << 14 ? 1 : threads);
     // Items of at least 16 KiB of codes, and several for each thread to even out their speeds.
-    int64_t items = smaller(bytes * smaller(tokens, 8) / (1 << 14) + 1, threads * 8);
-    c.rows_per_item = round_up((w->out + items - 1) / items, 4);
-    if (!failed) failed = parallel(c.body, &c, (w->out + c.rows_per_item - 1) / c.rows_per_item, items < 2 ? 1 : (int)threads);
+    int64_t items = smaller(bytes * smaller(tokens, 8) / (1 << 14) + 1, threads * 4);
+    c.rows_per_item = round_up((w->out + items - 1) / items, c.layout == COLUMNS ? 64 : 4);
+    if (!failed) failed = parallel(c.body, &c, (w->out + c.rows_per_item - 1) / c.rows_per_item, threads);
     free(memory);
     return failed;
+}
+
+// y[i] = dense[ids[i]], or dense[i] without ids, for i < count.
+EXPORT int64_t tqw_dense(const struct tqw_weight *w, const int64_t *ids, void *y, int64_t count, int64_t dtype,
+                         int64_t threads, int64_t isa) {
+    struct rows_call c = {.w = w, .ids = ids, .y = y, .count = count, .dtype = (int)dtype};
+    task body = dense_portable;
+#if defined(__x86_64__)
+    if (isa >= AVX2) body = dense_avx2;
+#endif
+    c.rows_per_item = (1 << 16) / w->padded + 1;
+    return parallel(body, &c, (count + c.rows_per_item - 1) / c.rows_per_item, threads);
 }

@@ -54,8 +54,22 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"{_LIBRARY.name} does not load: {error}"
     library.tqw_isa.restype = library.tqw_linear.restype = _Size
+    library.tqw_threads.argtypes = [_Pointer]
+    library.tqw_threads(_openmp())
+    library.tqw_dense.restype = _Size
     library.tqw_linear.argtypes = [_Pointer] * 4 + [_Size] * 6
+    library.tqw_dense.argtypes = [_Pointer] * 3 + [_Size] * 4
     return library
+
+
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself is linked with; None: one thread only."""
+    for path in Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, _Pointer).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def available_isas() -> tuple[str, ...]:
@@ -145,6 +159,14 @@ def _arguments(qw: QuantizedWeight) -> _Arguments | str:
     return made
 
 
+def _ready(qw: QuantizedWeight) -> tuple[ctypes.CDLL, _Arguments]:
+    library, arguments = _library(), _arguments(qw)
+    if isinstance(library, str) or isinstance(arguments, str):
+        reason = library if isinstance(library, str) else arguments
+        raise TqwError(f"expected a call that the CPU kernels support, but {reason}")
+    return library, arguments
+
+
 def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
     """None, or the reason why the C kernels cannot compute this call."""
     library = _library()
@@ -158,8 +180,7 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """T(x) V^T + b with int8 activations: [..., in] -> [..., out], in the dtype of x."""
-    library, arguments = _library(), _arguments(qw)
-    assert not isinstance(library, str) and not isinstance(arguments, str), "supports() says why not"
+    library, arguments = _ready(qw)
     isa, exact = settings()
     x = x if x.is_contiguous() else x.contiguous()
     y = x.new_empty((*x.shape[:-1], arguments.out_features))
@@ -173,4 +194,28 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     )  # fmt: skip
     if failed:
         raise MemoryError(f"expected memory for the activations of an input {list(x.shape)}")
+    return y
+
+
+def supports_rows(qw: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    """None, or the reason why the C kernel cannot compute rows of the dense weight."""
+    return supports(torch.empty(0, dtype=dtype), qw)
+
+
+def dense_rows(qw: QuantizedWeight, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dense[ids], or all of dense: integer [...] -> [..., in] in `dtype`."""
+    library, arguments = _ready(qw)
+    shape: tuple[int, ...] = (qw.out_features,)
+    if ids is not None:
+        shape = tuple(ids.shape)
+        ids = ids.to(torch.int64).contiguous()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < qw.out_features:
+            raise IndexError(f"expected ids from 0 to {qw.out_features - 1}, got {int(ids.min())} to {int(ids.max())}")
+    y = torch.empty((*shape, qw.in_features), dtype=dtype)
+    failed = library.tqw_dense(
+        arguments.pointer, None if ids is None else ids.data_ptr(), y.data_ptr(), y.numel() // qw.in_features,
+        _DTYPES[dtype], torch.get_num_threads(), settings()[0],
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"expected memory for a row of {qw.in_features} weights")
     return y
