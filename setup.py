@@ -53,6 +53,10 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("tqw.kernels._cpu", ["src/tqw/kernels/cpu.c"], optional=True)],
+    ext_modules=[
+        Extension(
+            "tqw.kernels._cpu", ["src/tqw/kernels/cpu.c"], depends=["src/tqw/kernels/cpu_avx512.h"], optional=True
+        )
+    ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

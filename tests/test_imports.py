@@ -15,8 +15,8 @@ ORDER = [
     "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "checkpoint",
     "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "layer", "model",
     # the edge: nothing above imports it
-    "calibrate", "evaluate", "source", "pretrained", "generate", "bench", "footprint", "report", "compare", "demo",
-    "cli",
+    "calibrate", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint", "report", "compare",
+    "demo", "cli",
 ]  # fmt: skip
 
 

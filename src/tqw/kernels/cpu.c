@@ -19,6 +19,9 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -562,7 +565,7 @@ static int prologue_portable(void *job, int64_t token) { return prologue_body(jo
 static int rows_portable(void *job, int64_t item) { return rows_body(job, item, dot_portable); }
 
 #if defined(__aarch64__)
-#define DOTPROD __attribute__((target("+dotprod")))
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 DOTPROD INLINE void dot_neon(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum) {
     for (int t = 0; t < tokens; t++) {
         int32x4_t low = vdupq_n_s32(0), high = low;
@@ -621,8 +624,10 @@ static int detected_isa(void) {
         __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
         return a >> 4 & 1 ? AVXVNNI : AVX2;
     }
-#elif defined(__aarch64__)
+#elif defined(__APPLE__) && defined(__aarch64__)
     return NEON;
+#elif defined(__linux__) && defined(__aarch64__)
+    if (getauxval(AT_HWCAP) >> 20 & 1) return NEON;  // HWCAP_ASIMDDP: the dot product instructions
 #endif
     return PORTABLE;
 }
