@@ -7,7 +7,7 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits
+from tqw.shared_input import SharedInput
 from tqw.weight import QuantizedWeight, quantize
 
 ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
@@ -116,12 +117,30 @@ class QuantizedLinear(nn.Linear):
         """Nothing: codes have no random initialisation."""
 
     def forward(self, input: Tensor) -> Tensor:
+        shared = self.__dict__.get("_shared_input")
+        if shared is not None and kernels.plain_eager(input, self.bias):
+            output = shared.output(self, input)
+            if output is not None:
+                return output
         return kernels.linear(input, kept_weight(self, self.rotation), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
             self.quantized_weight
         )
+
+
+def weight_of(layer: nn.Module) -> QuantizedWeight:
+    """The kept weight of a quantized linear layer."""
+    assert isinstance(layer, QuantizedLinear), "families consist of quantized linear layers"
+    return kept_weight(layer, layer.rotation)
+
+
+def share_input(layers: Sequence[QuantizedLinear]) -> None:
+    """Let layers that read the same input be computed together."""
+    shared = SharedInput(layers, weight_of)
+    for layer in layers:
+        layer.__dict__["_shared_input"] = shared
 
 
 class QuantizedEmbedding(nn.Embedding):

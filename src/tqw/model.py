@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tqw.config import SKIP, QuantConfig, block_size, format_bits, parse_bits
 from tqw.errors import TqwError
+from tqw.kernels.cpu import MAX_FAMILY
 from tqw.layer import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -25,6 +26,7 @@ from tqw.layer import (
     expert_projections,
     expert_weight,
     is_fused_experts,
+    share_input,
 )
 from tqw.rotation import qr_matrix
 from tqw.scaling import activation_scale
@@ -263,6 +265,17 @@ def _input_name(name: str) -> str:
     return name
 
 
+def share_inputs(model: nn.Module) -> None:
+    """Let the quantized siblings that read the same input be computed together (see shared_input.py)."""
+    families: dict[str, list[QuantizedLinear]] = {}
+    for name, module in model.named_modules():
+        if type(module) is QuantizedLinear:
+            families.setdefault(f"{_input_name(name)}[{module.in_features}]", []).append(module)
+    for layers in families.values():
+        if 1 < len(layers) <= MAX_FAMILY:
+            share_input(layers)
+
+
 def dense_weights(module: nn.Module, kind: str) -> dict[str, Tensor]:
     """Dense weights of a candidate as [..., out, in], by parameter prefix ("" but for experts)."""
     if kind == "experts":
@@ -361,6 +374,7 @@ def quantize_model(
     embedding = _embedding_of(model, "input")
     if tied_head is not None and isinstance(embedding, QuantizedEmbedding):
         model.set_submodule(tied_head, QuantizedLinear(embedding.quantized_weight))
+    share_inputs(model)
     return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 
 

@@ -20,7 +20,16 @@ from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.kernels import dequantize
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, kind_of, plan_model, quantize_model
+from tqw.model import (
+    QuantizationReport,
+    Select,
+    TensorRecord,
+    empty_model_,
+    kind_of,
+    plan_model,
+    quantize_model,
+    share_inputs,
+)
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
 Progress = Callable[[str, int, int], None]
@@ -214,6 +223,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     model = empty_model(source)
     empty_model_(model, config)
     _fill(model, source.folder, torch.device(device))
+    share_inputs(model)
     return model.to(device).eval()
 
 

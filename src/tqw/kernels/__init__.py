@@ -110,7 +110,7 @@ def _backward(ctx, grad: Tensor):
 torch.library.register_autograd("tqw::linear", _backward, setup_context=_setup_context)
 
 
-def _plain_eager(x: Tensor, bias: Tensor | None) -> bool:
+def plain_eager(x: Tensor, bias: Tensor | None) -> bool:
     """True where nobody looks at the op: no graph, no gradient, no mode, no subclass. There the dispatcher, which costs
     more than a small layer, is left out."""
     return not (
@@ -132,7 +132,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
     if x.shape[-1] != qw.in_features:
         raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
     if backend == "auto":
-        if _plain_eager(x, bias):
+        if plain_eager(x, bias):
             return _choose(x, qw).linear(x, qw, bias)
         return torch.ops.tqw.linear(x, bias, *arguments(qw))
     if backend not in BACKENDS:

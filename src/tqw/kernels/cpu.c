@@ -27,6 +27,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_PASSES 4
+#define MAX_FAMILY 8
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NONE, HADAMARD, QR };
@@ -635,53 +636,98 @@ static int detected_isa(void) {
 // The best instruction set of this machine, or whether it has the one asked for.
 EXPORT int64_t tqw_isa(void) { return detected_isa(); }
 
-EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, const void *bias, int64_t tokens,
-                          int64_t dtype, int64_t bias_dtype, int64_t threads, int64_t isa, int64_t exact) {
-    if (tokens == 0 || w->out == 0) return 0;
-    struct call c = {.w = w, .x = x, .y = y, .bias = bias, .tokens = tokens, .dtype = (int)dtype,
-                     .bias_dtype = (int)bias_dtype, .isa = (int)isa};
-    c.layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens == 1 ? LANES : COLUMNS;
-    c.chunk = smaller(w->group & -w->group, w->block);
-    c.chunks = w->padded / c.chunk;
-    c.prologue = prologue_portable;
-    c.body = rows_portable;
+static void choose_functions(struct call *c, int exact) {
+    c->prologue = prologue_portable;
+    c->body = rows_portable;
 #if defined(__x86_64__)
-    if (isa >= AVX2) c.prologue = prologue_avx2, c.body = rows_avx2;
-    if (isa == AVXVNNI) c.body = rows_avxvnni;
-    if (isa == AVX512) {
-        c.prologue = prologue_avx512;
-        if (!exact) c.body = tokens == 1 ? lanes_avx512 : panels_avx512;
+    if (c->isa >= AVX2) c->prologue = prologue_avx2, c->body = rows_avx2;
+    if (c->isa == AVXVNNI) c->body = rows_avxvnni;
+    if (c->isa == AVX512) {
+        c->prologue = prologue_avx512;
+        if (!exact) c->body = c->tokens == 1 ? lanes_avx512 : panels_avx512;
     }
 #elif defined(__aarch64__)
-    if (isa == NEON) c.body = rows_neon;
+    if (c->isa == NEON) c->body = rows_neon;
+    (void)exact;
 #endif
-    int64_t bytes = 0, total = 0;
-    for (int64_t pass = 0; pass < w->passes; pass++) {
-        int order = c.layout == LANES || c.layout == COLUMNS ? order_of((int)w->pass[pass].bits) : 1, set = 0;
-        while (set < c.sets && (c.channel[set] != w->pass[pass].channel || c.order[set] != order)) set++;
-        if (set == c.sets) {
-            c.channel[set] = w->pass[pass].channel;
-            c.order[set] = order;
-            c.stride[set] = token_bytes(&c, order);
-            total += c.stride[set] * tokens;
-            c.sets++;
+}
+
+// One set of activations for each (channel scale, order) among the passes. Returns their bytes.
+static int64_t plan_activations(struct call *c) {
+    int64_t total = 0;
+    for (int64_t pass = 0; pass < c->w->passes; pass++) {
+        const struct tqw_pass *p = &c->w->pass[pass];
+        int order = c->layout == LANES || c->layout == COLUMNS ? order_of((int)p->bits) : 1, set = 0;
+        while (set < c->sets && (c->channel[set] != p->channel || c->order[set] != order)) set++;
+        if (set == c->sets) {
+            c->channel[set] = p->channel;
+            c->order[set] = order;
+            c->stride[set] = token_bytes(c, order);
+            total += c->stride[set] * c->tokens;
+            c->sets++;
         }
-        c.set_of_pass[pass] = set;
-        bytes += w->out * (w->padded * w->pass[pass].bits / 8);
+        c->set_of_pass[pass] = set;
     }
+    return total;
+}
+
+// Layers that read the same input, each with its own output.
+struct family {
+    struct call members[MAX_FAMILY];
+    int64_t first[MAX_FAMILY + 1];  // item from which on each member's rows come
+};
+
+static int family_body(void *job, int64_t item) {
+    struct family *f = job;
+    int64_t m = 0;
+    while (item >= f->first[m + 1]) m++;
+    return f->members[m].body(&f->members[m], item - f->first[m]);
+}
+
+// Items of at least 16 KiB of codes, and several for each thread to even out their speeds. Returns their number.
+static int64_t divide_rows(struct call *c, int64_t threads) {
+    int64_t bytes = 0;
+    for (int64_t pass = 0; pass < c->w->passes; pass++) bytes += c->w->out * (c->w->padded * c->w->pass[pass].bits / 8);
+    int64_t items = smaller(bytes * smaller(c->tokens, 8) / (1 << 14) + 1, threads * 4);
+    c->rows_per_item = round_up((c->w->out + items - 1) / items, c->layout == COLUMNS ? 64 : 4);
+    return (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+}
+
+// y[i] = T(x) V_i^T + bias[i] for `count` weights that differ only in `out`, codes and weight scales: T(x) is that of
+// the first.
+EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, const void *x, void *const *y,
+                           const void *const *bias, int64_t tokens, int64_t dtype, int64_t bias_dtype, int64_t threads,
+                           int64_t isa, int64_t exact) {
+    if (tokens == 0) return 0;
+    struct family f = {0};
+    struct call *first = &f.members[0];
+    *first = (struct call){.w = w[0], .x = x, .tokens = tokens, .dtype = (int)dtype, .bias_dtype = (int)bias_dtype,
+                           .isa = (int)isa};
+    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens == 1 ? LANES : COLUMNS;
+    first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
+    first->chunks = w[0]->padded / first->chunk;
+    choose_functions(first, (int)exact);
+    int64_t total = plan_activations(first);
     char *memory = malloc((size_t)total + 64), *at = (char *)round_up((int64_t)(intptr_t)memory, 64);
     if (!memory) return NO_MEMORY;
-    for (int set = 0; set < c.sets; set++) {
-        c.activations[set] = at;
-        at += c.stride[set] * tokens;
+    for (int set = 0; set < first->sets; set++) {
+        first->activations[set] = at;
+        at += first->stride[set] * tokens;
     }
-    int failed = parallel(c.prologue, &c, tokens, tokens * w->in < 1 << 14 ? 1 : threads);
-    // Items of at least 16 KiB of codes, and several for each thread to even out their speeds.
-    int64_t items = smaller(bytes * smaller(tokens, 8) / (1 << 14) + 1, threads * 4);
-    c.rows_per_item = round_up((w->out + items - 1) / items, c.layout == COLUMNS ? 64 : 4);
-    if (!failed) failed = parallel(c.body, &c, (w->out + c.rows_per_item - 1) / c.rows_per_item, threads);
+    for (int64_t i = count; i-- > 0;) {
+        f.members[i] = *first;
+        f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
+    }
+    for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_rows(&f.members[i], threads);
+    int failed = parallel(first->prologue, first, tokens, tokens * w[0]->in < 1 << 14 ? 1 : threads);
+    if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
     free(memory);
     return failed;
+}
+
+EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, const void *bias, int64_t tokens,
+                          int64_t dtype, int64_t bias_dtype, int64_t threads, int64_t isa, int64_t exact) {
+    return tqw_linears(&w, 1, x, &y, &bias, tokens, dtype, bias_dtype, threads, isa, exact);
 }
 
 // y[i] = dense[ids[i]], or dense[i] without ids, for i < count.

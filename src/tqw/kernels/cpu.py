@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def _library() -> ctypes.CDLL | str:
     library.tqw_isa.restype = library.tqw_linear.restype = _Size
     library.tqw_threads.argtypes = [_Pointer]
     library.tqw_threads(_openmp())
-    library.tqw_dense.restype = _Size
+    library.tqw_dense.restype = library.tqw_linears.restype = _Size
+    library.tqw_linears.argtypes = [_Pointer, _Size, _Pointer, _Pointer, _Pointer] + [_Size] * 6
     library.tqw_linear.argtypes = [_Pointer] * 4 + [_Size] * 6
     library.tqw_dense.argtypes = [_Pointer] * 3 + [_Size] * 4
     return library
@@ -178,6 +180,10 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
     return arguments if isinstance(arguments, str) else None
 
 
+def _bias(bias: Tensor) -> Tensor:
+    return bias if bias.dtype in _DTYPES and bias.is_contiguous() else bias.float().contiguous()
+
+
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """T(x) V^T + b with int8 activations: [..., in] -> [..., out], in the dtype of x."""
     library, arguments = _ready(qw)
@@ -186,7 +192,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty((*x.shape[:-1], arguments.out_features))
     bias_dtype = 0
     if bias is not None:
-        bias = bias if bias.dtype in _DTYPES and bias.is_contiguous() else bias.float().contiguous()
+        bias = _bias(bias)
         bias_dtype = _DTYPES[bias.dtype]
     failed = library.tqw_linear(
         arguments.pointer, x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(),
@@ -195,6 +201,39 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     if failed:
         raise MemoryError(f"expected memory for the activations of an input {list(x.shape)}")
     return y
+
+
+MAX_FAMILY = 8  # of cpu.c
+
+
+def same_transform(first: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether `other` may take T(x) from `first`: everything equal but outputs, codes and weight scales."""
+    return (
+        (first.in_features, first.bits, first.group_size, first.rotation, len(first.channel_scale))
+        == (other.in_features, other.bits, other.group_size, other.rotation, len(other.channel_scale))
+        and first.rotation_matrix is other.rotation_matrix
+        and all(map(torch.equal, first.channel_scale, other.channel_scale))
+    )
+
+
+def linears(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """[linear(x, qw, bias), ...] for at most MAX_FAMILY weights of the `same_transform`: x is transformed once."""
+    library, _ = _ready(weights[0])
+    isa, exact = settings()
+    x = x if x.is_contiguous() else x.contiguous()
+    every = [_ready(qw)[1] for qw in weights]
+    ys = [x.new_empty((*x.shape[:-1], arguments.out_features)) for arguments in every]
+    biases = [None if bias is None else bias.float().contiguous() for bias in biases]
+    array = _Pointer * len(every)
+    failed = library.tqw_linears(
+        array(*[arguments.pointer for arguments in every]), len(every), x.data_ptr(),
+        array(*[y.data_ptr() for y in ys]),
+        array(*[None if bias is None else bias.data_ptr() for bias in biases]),
+        x.numel() // every[0].in_features, _DTYPES[x.dtype], 0, torch.get_num_threads(), isa, exact,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"expected memory for the activations of an input {list(x.shape)}")
+    return ys
 
 
 def supports_rows(qw: QuantizedWeight, dtype: torch.dtype) -> str | None:
