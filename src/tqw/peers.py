@@ -123,7 +123,7 @@ def _ggml(weight: Tensor, kind: int, block: int) -> tuple[Call, float]:
     graphs: dict[int, tuple[Any, ...]] = {}
 
     def graph(tokens: int) -> tuple[Any, ...]:
-        size = weights.numel() + tokens * (in_features * 8 + out_features * 4) + (16 << 20)
+        size = weights.numel() + 3 * tokens * (in_features + out_features) * 4 + (32 << 20)
         context = ggml["ggml_init"](_Init(size, None, False))
         a = ggml["ggml_new_tensor_2d"](context, kind, in_features, out_features)
         b = ggml["ggml_new_tensor_2d"](context, 0, in_features, tokens)
@@ -133,9 +133,15 @@ def _ggml(weight: Tensor, kind: int, block: int) -> tuple[Call, float]:
         ctypes.memmove(ggml["ggml_get_data"](a), weights.data_ptr(), weights.numel())
         return context, steps, ggml["ggml_get_data"](b), ggml["ggml_get_data"](product)
 
+    def release() -> None:
+        for context, *_ in graphs.values():
+            ggml["ggml_free"](context)
+        graphs.clear()
+
     def call(x: Tensor) -> Tensor:
         tokens = x.shape[0]
         if tokens not in graphs:
+            release()
             graphs[tokens] = graph(tokens)
         context, steps, source, target = graphs[tokens]
         ctypes.memmove(source, x.data_ptr(), x.numel() * 4)
@@ -144,7 +150,7 @@ def _ggml(weight: Tensor, kind: int, block: int) -> tuple[Call, float]:
         ctypes.memmove(y.data_ptr(), target, y.numel() * 4)
         return y
 
-    weakref.finalize(call, lambda: [ggml["ggml_free"](context) for context, *_ in graphs.values()])
+    weakref.finalize(call, release)
     return call, 4.5
 
 
