@@ -12,11 +12,11 @@ import tqw
 PACKAGE = Path(tqw.__file__).parent
 # Reading order. A file may import only files before it.
 ORDER = [
-    "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "checkpoint",
+    "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "gptq", "checkpoint",
     "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model",
     # the edge: nothing above imports it
-    "calibrate", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint", "report", "compare",
-    "demo", "cli",
+    "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
+    "report", "compare", "demo", "cli",
 ]  # fmt: skip
 
 
