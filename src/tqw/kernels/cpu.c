@@ -28,6 +28,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_PASSES 4
 #define MAX_FAMILY 8
+#define STREAM_TOKENS 4  // AVX-512: up to here rows are streamed, beyond them panels are multiplied
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NONE, HADAMARD, QR };
@@ -644,7 +645,7 @@ static void choose_functions(struct call *c, int exact) {
     if (c->isa == AVXVNNI) c->body = rows_avxvnni;
     if (c->isa == AVX512) {
         c->prologue = prologue_avx512;
-        if (!exact) c->body = c->tokens == 1 ? lanes_avx512 : panels_avx512;
+        if (!exact) c->body = c->layout == LANES ? lanes_avx512 : panels_avx512;
     }
 #elif defined(__aarch64__)
     if (c->isa == NEON) c->body = rows_neon;
@@ -703,7 +704,7 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     struct call *first = &f.members[0];
     *first = (struct call){.w = w[0], .x = x, .tokens = tokens, .dtype = (int)dtype, .bias_dtype = (int)bias_dtype,
                            .isa = (int)isa};
-    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens == 1 ? LANES : COLUMNS;
+    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens <= STREAM_TOKENS ? LANES : COLUMNS;
     first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
     first->chunks = w[0]->padded / first->chunk;
     choose_functions(first, (int)exact);

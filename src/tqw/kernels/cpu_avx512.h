@@ -1,7 +1,7 @@
 // AVX-512 VNNI kernels of cpu.c. Weights are unsigned bytes level + 128, activations signed bytes: what vpdpbusd
 // multiplies. The offset is undone by accumulators that start at -128 sum(q).
 //
-//   one token      each row is a stream: decode 128 codes, two vpdpbusd against the LANES activations
+//   up to 4 tokens each row is a stream: decode 128 codes, two vpdpbusd against the LANES activations
 //   more tokens    64 rows at a time: decode 128 codes of each, transpose so that a vector holds 16 rows x 4 codes,
 //                  and multiply by all tokens (COLUMNS activations) while those 8 KiB lie in the L1 cache
 
@@ -124,7 +124,7 @@ FAST_INLINE void decode(const struct tables *t, const int bits, const uint8_t *r
 }
 
 
-// ---- one token
+// ---- up to 4 tokens
 
 // sum += 16 x 4 products. As an intrinsic, gcc moves the many accumulators of the loops below back and forth to memory.
 FAST_INLINE void dot_add(__m512i *sum, __m512i w, __m512i x) {
@@ -133,9 +133,10 @@ FAST_INLINE void dot_add(__m512i *sum, __m512i w, __m512i x) {
 
 #define AHEAD 16384  // bytes; prefetches into L2 overlap with the arithmetic, those into L1 and the hardware's do not
 
-// sum[r] += the lanes of one pass for rows row .. row + rows. scale: room for rows x (groups + 16) floats.
+// sum[r][k] += the lanes of one pass for rows row .. row + rows and all tokens. scale: room for rows x (groups + 16).
 FAST_INLINE void stream_rows(const struct tables *t, const int bits, const int several, const struct tqw_pass *p,
-                             int64_t row, const int rows, const char *x, float *scale, __m512 *sum) {
+                             int64_t row, const int rows, const char *x, int64_t stride, const int tokens, float *scale,
+                             __m512 sum[4][4]) {
     const uint8_t *packed = p->packed + row * t->row_bytes;
     const int64_t room = round_up(t->groups, 16) + 16;
     for (int r = 0; r < rows; r++)
@@ -145,44 +146,60 @@ FAST_INLINE void stream_rows(const struct tables *t, const int bits, const int s
             _mm512_storeu_ps(scale + r * room + g, _mm512_cvtph_ps(half));
         }
     for (int64_t tile = 0; tile < t->tiles; tile++, x += t->tile + 128) {
-        __m512i x0 = _mm512_loadu_si512(x), x1 = bits == 8 ? x0 : _mm512_loadu_si512(x + 64);
-        __m512i start = _mm512_loadu_si512(x + t->tile);
-        __m512 sx = _mm512_loadu_ps((const float *)(x + t->tile + 64));
         int64_t at = several ? tile * t->per_tile : tile * t->tile / t->group;
+        __m512i w[4][2];
+        __m512 s[4];
         for (int r = 0; r < rows; r++) {
-            __m512i w[2];
-            decode(t, bits, packed + r * t->row_bytes, tile, w);
-            _mm_prefetch((const char *)packed + r * t->row_bytes + tile * (bits == 8 ? 64 : 16 * bits) + AHEAD, _MM_HINT_T1);
-            __m512i dot = start;
-            dot_add(&dot, w[0], x0);
-            if (bits != 8) dot_add(&dot, w[1], x1);
-            const float *mine = scale + r * room + at;
-            __m512 s = several ? _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(mine)), t->scale_of_lane)
-                               : _mm512_set1_ps(*mine);
-            sum[r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot), sx), s, sum[r]);
+            const uint8_t *mine = packed + r * t->row_bytes;
+            decode(t, bits, mine, tile, w[r]);
+            _mm_prefetch((const char *)mine + tile * (bits == 8 ? 64 : 16 * bits) + AHEAD, _MM_HINT_T1);
+            const float *f = scale + r * room + at;
+            s[r] = several ? _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(f)), t->scale_of_lane) : _mm512_set1_ps(*f);
+        }
+        for (int k = 0; k < tokens; k++) {
+            const char *mine = x + k * stride;
+            __m512i x0 = _mm512_loadu_si512(mine), x1 = bits == 8 ? x0 : _mm512_loadu_si512(mine + 64);
+            __m512i start = _mm512_loadu_si512(mine + t->tile);
+            __m512 sx = _mm512_loadu_ps((const float *)(mine + t->tile + 64));
+            for (int r = 0; r < rows; r++) {
+                __m512i dot = start;
+                dot_add(&dot, w[r][0], x0);
+                if (bits != 8) dot_add(&dot, w[r][1], x1);
+                sum[r][k] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot), sx), s[r], sum[r][k]);
+            }
         }
     }
 }
 
-FAST_INLINE void one_token(const struct call *c, const struct tables *tables, int64_t row, const int rows, float *scale) {
+FAST_INLINE void few_tokens(const struct call *c, const struct tables *tables, int64_t row, const int rows,
+                            const int tokens, float *scale) {
     const struct tqw_weight *w = c->w;
-    __m512 sum[4];
-    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+    __m512 sum[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < tokens; k++) sum[r][k] = _mm512_setzero_ps();
     for (int64_t pass = 0; pass < w->passes; pass++) {
         const struct tqw_pass *p = &w->pass[pass];
-        const char *x = c->activations[c->set_of_pass[pass]];
-        switch (p->bits * 2 + (tables[pass].per_tile > 1)) {
-#define CASE(bits)                                                                                     \
-    case bits * 2: stream_rows(&tables[pass], bits, 0, p, row, rows, x, scale, sum); break;            \
-    case bits * 2 + 1: stream_rows(&tables[pass], bits, 1, p, row, rows, x, scale, sum); break;
+        const struct tables *t = &tables[pass];
+        const int set = c->set_of_pass[pass];
+        const char *x = c->activations[set];
+        switch (p->bits * 2 + (t->per_tile > 1)) {
+#define CASE(bits)                                                                                                     \
+    case bits * 2: stream_rows(t, bits, 0, p, row, rows, x, c->stride[set], tokens, scale, sum); break;                \
+    case bits * 2 + 1: stream_rows(t, bits, 1, p, row, rows, x, c->stride[set], tokens, scale, sum); break;
             CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
 #undef CASE
         }
     }
     for (int r = 0; r < rows; r++) {
         float b = c->bias ? load_one(c->bias, row + r, c->bias_dtype) : 0;
-        store_one(c->y, row + r, _mm512_reduce_add_ps(sum[r]) + b, c->dtype);
+        for (int k = 0; k < tokens; k++) store_one(c->y, k * w->out + row + r, _mm512_reduce_add_ps(sum[r][k]) + b, c->dtype);
     }
+}
+
+FAST_INLINE void stream_item(const struct call *c, const struct tables *tables, int64_t row, int64_t end, const int rows,
+                             const int tokens, float *scale) {
+    for (; row + rows <= end; row += rows) few_tokens(c, tables, row, rows, tokens, scale);
+    for (; row < end; row++) few_tokens(c, tables, row, 1, tokens, scale);
 }
 
 FAST static int lanes_avx512(void *job, int64_t item) {
@@ -192,8 +209,12 @@ FAST static int lanes_avx512(void *job, int64_t item) {
     float *scale = malloc((size_t)(round_up(tables[0].groups, 16) + 16) * 16);
     if (!scale) return NO_MEMORY;
     int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
-    for (; row + 4 <= end; row += 4) one_token(c, tables, row, 4, scale);
-    for (; row < end; row++) one_token(c, tables, row, 1, scale);
+    switch (c->tokens) {
+    case 1: stream_item(c, tables, row, end, 4, 1, scale); break;
+    case 2: stream_item(c, tables, row, end, 4, 2, scale); break;
+    case 3: stream_item(c, tables, row, end, 2, 3, scale); break;
+    case 4: stream_item(c, tables, row, end, 2, 4, scale); break;
+    }
     free(scale);
     return 0;
 }
