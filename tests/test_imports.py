@@ -16,7 +16,7 @@ ORDER = [
     "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model",
     # the edge: nothing above imports it
     "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
-    "report", "compare", "demo", "cli",
+    "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
 ]  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_import_is_lean():
 
 
 def test_public_names_exist_and_are_few():
-    assert len(tqw.__all__) <= 16
+    assert len(tqw.__all__) <= 18
     for name in tqw.__all__:
         assert getattr(tqw, name) is not None
     assert set(tqw._HOME) == set(tqw.__all__)

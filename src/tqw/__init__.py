@@ -1,6 +1,7 @@
 """tqw: TurboQuant for LLM weights. See README.md; the equation is in `tqw.weight`.
 
-Names are imported when first used, so that `import tqw` costs nothing and asks no hardware anything.
+Names are imported when first used, so that `import tqw` costs nothing and asks no hardware anything. The one thing that
+it does is to see to it that transformers knows the format as soon as transformers is imported (registration.py).
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tqw.registration import register
+
 if TYPE_CHECKING:
     from tqw.config import QuantConfig
     from tqw.errors import TqwError
+    from tqw.integrations.transformers import TransformersConfig
     from tqw.kernels import dequantize, explain, linear
     from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
     from tqw.model import quantize_model
@@ -25,6 +29,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "TqwError",
+    "TransformersConfig",
     "dequantize",
     "explain",
     "linear",
@@ -38,6 +43,7 @@ __all__ = [
 _HOME = {
     "QuantConfig": "config",
     "TqwError": "errors",
+    "TransformersConfig": "integrations.transformers",
     "explain": "kernels",
     "linear": "kernels",
     "QuantizedEmbedding": "layer",
@@ -60,6 +66,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"tqw.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+register()
 
 
 def __dir__() -> list[str]:

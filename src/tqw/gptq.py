@@ -4,7 +4,7 @@
 
 Columns are coded in order; the error of column j, divided by U[j, j], is taken off the later columns along U[j, :],
 with U^T U = S^-1. Sources: OBQ and GPTQ (arXiv 2210.17323, section 3), here in the rotated and channel-scaled domain,
-as QuIP# (arXiv 2402.04396) does; scales and codes are then refitted in turns (coordinate descent on the same objective).
+as QuIP# (arXiv 2402.04396) does; scales and codes are then refitted in turns (coordinate descent, same objective).
 """
 
 from __future__ import annotations

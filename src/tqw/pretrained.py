@@ -34,7 +34,7 @@ from tqw.moments import LayerMoments
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
 Progress = Callable[[str, int, int], None]
-_STORED_MATRIX = "tqw_rotation_matrix"
+STORED_MATRIX = "tqw_rotation_matrix"
 _POWER, _IDS = "input_power", "calibration_ids"
 METHODS = ("rtn", "gptq")
 GPTQ_EXPONENT = 0.25
@@ -180,7 +180,7 @@ def stored_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for key, tensor in module.state_dict().items():
         if key.endswith(ROTATION_MATRIX):
-            tensors[f"{_STORED_MATRIX}.{tensor.shape[0]}"] = tensor
+            tensors[f"{STORED_MATRIX}.{tensor.shape[0]}"] = tensor
         else:
             tensors[f"{name}.{key}"] = tensor
     return tensors
@@ -291,7 +291,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             if tensor is None or key in module._non_persistent_buffers_set:
                 continue
             if key.endswith(ROTATION_MATRIX):
-                yield f"{_STORED_MATRIX}.{tensor.shape[0]}", module, key
+                yield f"{STORED_MATRIX}.{tensor.shape[0]}", module, key
             else:
                 yield f"{module_name}.{key}" if module_name else key, module, key
 
