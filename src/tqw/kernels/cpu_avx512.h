@@ -131,7 +131,7 @@ FAST_INLINE void dot_add(__m512i *sum, __m512i w, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(w), "v"(x));
 }
 
-#define AHEAD 16384  // bytes; prefetches into L2 overlap with the arithmetic, those into L1 and the hardware's do not
+#define AHEAD 32768  // bytes; prefetches into L2 overlap with the arithmetic, those into L1 and the hardware's do not
 
 // sum[r][k] += the lanes of one pass for rows row .. row + rows and all tokens. scale: room for rows x (groups + 16).
 FAST_INLINE void stream_rows(const struct tables *t, const int bits, const int several, const struct tqw_pass *p,
@@ -145,6 +145,9 @@ FAST_INLINE void stream_rows(const struct tables *t, const int bits, const int s
             __m256i half = _mm256_maskz_loadu_epi16(valid, p->scale + (row + r) * t->groups + g);
             _mm512_storeu_ps(scale + r * room + g, _mm512_cvtph_ps(half));
         }
+    // A missed scale stalls everything that follows it, so scales are fetched 8 steps ahead.
+    const char *scales = (const char *)(p->scale + row * t->groups);
+    for (int64_t bytes = rows * t->groups * 2, i = 0; i < bytes; i += 64) _mm_prefetch(scales + 8 * bytes + i, _MM_HINT_T0);
     for (int64_t tile = 0; tile < t->tiles; tile++, x += t->tile + 128) {
         int64_t at = several ? tile * t->per_tile : tile * t->tile / t->group;
         __m512i w[4][2];
