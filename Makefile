@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-arm wheel format clean
+.PHONY: demo test check test-arm test-matrix wheel format clean
 
 $(VENV)/ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,15 @@ test-arm:
 	aarch64-linux-gnu-gcc -O3 -std=gnu11 -Wall -Wno-psabi -static -Isrc/tqw/kernels tests/cpu_cases.c -o build/cases-arm -lm
 	qemu-aarch64 build/cases-arm
 	qemu-aarch64 -cpu cortex-a53 build/cases-arm
+
+# The transformers plug-in with the oldest supported transformers, the last of its first hook generation, and the newest.
+MATRIX := 5.16.1 5.20.0
+test-matrix: $(VENV)/ready
+	for version in $(MATRIX); do \
+	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \
+	  PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest tests/test_transformers.py || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/test_transformers.py
 
 # dist/: the sdist, and one manylinux wheel for every Python and every torch.
 wheel: $(VENV)/ready
