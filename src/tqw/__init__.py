@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
     from tqw.model import quantize_model
     from tqw.pretrained import load, quantize_pretrained, save
+    from tqw.training import fake_quantize_model, merge_lora
     from tqw.weight import QuantizedWeight, merge_passes, quantize
 
 __version__ = "0.1.0"
@@ -32,8 +33,10 @@ __all__ = [
     "TransformersConfig",
     "dequantize",
     "explain",
+    "fake_quantize_model",
     "linear",
     "load",
+    "merge_lora",
     "merge_passes",
     "quantize",
     "quantize_model",
@@ -55,6 +58,8 @@ _HOME = {
     "save": "pretrained",
     "QuantizedWeight": "weight",
     "dequantize": "kernels",
+    "fake_quantize_model": "training",
+    "merge_lora": "training",
     "merge_passes": "weight",
     "quantize": "weight",
 }

@@ -7,7 +7,7 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,9 @@ class QuantizedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
+
     def forward(self, input: Tensor) -> Tensor:
         shared = self.__dict__.get("_shared_input")
         if shared is not None and kernels.plain_eager(input, self.bias):
@@ -128,6 +131,18 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
             self.quantized_weight
         )
+
+
+def keeping_format(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `Module._apply`, but stored scales and matrices only change their device, never their dtype."""
+    stored = {id(p) for name, p in module._parameters.items() if name.endswith(("scale", ROTATION_MATRIX))}
+
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        changed = id(tensor) in stored and result.dtype != tensor.dtype
+        return tensor.to(result.device) if changed else result
+
+    return apply
 
 
 def weight_of(layer: nn.Module) -> QuantizedWeight:
@@ -168,6 +183,9 @@ class QuantizedEmbedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         return kernels.embedding(input, kept_weight(self, self.rotation), self.output_dtype)
@@ -232,6 +250,9 @@ class QuantizedExperts(nn.Module):
             self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         for name, weight in weights.items():
             attach(self, weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
 
     def _apply_gate(self, projected: Tensor) -> Tensor:
         return self.experts_class._apply_gate(self, projected)  # type: ignore[attr-defined]
