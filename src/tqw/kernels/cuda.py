@@ -34,7 +34,6 @@ _DECODE_TOKENS = 32  # one launch of the decode kernel
 _FUSED_TOKENS = 4  # up to here every block transforms x itself
 _DENSE_TOKENS = 192  # from here on dequantize + cuBLAS wins (H100)
 _SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
-_WARPS, _STAGES = 16, 4
 
 
 class _Params(ctypes.Structure):
@@ -55,12 +54,7 @@ class _Params(ctypes.Structure):
         ("tokens", ctypes.c_int),
         ("out", ctypes.c_int),
         ("in_", ctypes.c_int),
-        ("in_padded", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("group_shift", ctypes.c_int),
-        ("groups", ctypes.c_int),
         ("vectors", ctypes.c_int),
-        ("id_limit", ctypes.c_int),
     ]
 
 
@@ -69,6 +63,8 @@ class Variant:
     """The macros of linear.cu: one compiled module for each value."""
 
     bits: tuple[int, ...]
+    padded_in: int
+    group: int
     tile: int
     block: int
     rotate: bool
@@ -76,30 +72,24 @@ class Variant:
     x_type: int
     column_tiles: int = 1
     fused: bool = True
-    split: int = 1
-    warps: int = _WARPS
-    stages: int = _STAGES
+    warps: int = 16
+    depth: int = 2
     min_ctas: int = 1
 
     def source(self) -> str:
         macros = {
-            "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "TILE": self.tile, "BLOCK": self.block,
-            "ROTATE": int(self.rotate), "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles,
-            "FUSED": int(self.fused), "SPLIT": self.split, "WARPS": self.warps, "STAGES": self.stages,
-            "MIN_CTAS": self.min_ctas,
+            "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
+            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
+            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "WARPS": self.warps, "DEPTH": self.depth, "MIN_CTAS": self.min_ctas,
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source()
 
-    def shared_bytes(self, tokens: int, padded_in: int) -> int:
-        """Dynamic shared memory of the decode kernel: ring, warp sums, exchange, planes, plane scales."""
-        outputs = 64 * self.column_tiles
-        slot = 64 * (self.tile // 4) * sum(self.bits) // 8 + 64 * len(self.bits)
-        widest = -(-padded_in // self.block // self.split) * self.block
-        sums = (2 if self.column_tiles <= 2 else 1) * self.warps * outputs * 4
-        exchange = 2 * outputs * 4 if self.split > 1 else 0
-        planes = 2 * tokens * (widest + 16) + 4 * tokens * (widest // self.tile)
-        return self.stages * self.warps * slot + sums + exchange + planes
+    def shared_bytes(self, tokens: int) -> int:
+        """Dynamic shared memory of the decode kernel: warp sums, planes, plane scales."""
+        sums = 2 * self.warps * 64 * self.column_tiles * 4
+        return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
 
 
 @lru_cache(maxsize=1)
@@ -189,7 +179,7 @@ def _device(index: int) -> _Device:
     major, minor = properties.major, properties.minor
     return _Device(
         index,
-        f"sm_{major}{minor}",
+        f"sm_{major}{minor}" + "a" * (major == 9),  # "a": wgmma
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         major >= 9,
@@ -216,7 +206,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
 
 
 def _launch(
-    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device, split: int = 1
+    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device
 ) -> None:
     driver = import_module("cuda.bindings.driver")
     config = driver.CUlaunchConfig()
@@ -230,11 +220,6 @@ def _launch(
         overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         overlap.value.programmaticStreamSerializationAllowed = 1
         attributes.append(overlap)
-    if split > 1:
-        cluster = driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = split, 1, 1
-        attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
@@ -284,55 +269,40 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
-    return Variant(qw.bits, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype])
+    return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype])
 
 
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     """Everything that the weight decides; in_features: of the x that the kernel reads (padded for `qr`)."""
-    padded, group = qw.padded_in, qw.group_size
-    params = _Params(
-        out=qw.out_features, in_=in_features, in_padded=padded, group=group, groups=padded // group,
-        group_shift=31 if group == padded else group.bit_length() - 1, channel=qw.channel_scale[0].data_ptr(),
-    )  # fmt: skip
+    params = _Params(out=qw.out_features, in_=in_features, channel=qw.channel_scale[0].data_ptr())
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         params.packed[index], params.scale[index] = packed.data_ptr(), scale.data_ptr()
     return params
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    variant: Variant, tokens: int, out: int, padded_in: int, device: _Device
-) -> tuple[Variant, int, float] | None:
-    """The fastest variant that fits and its grid, by a model of one CTA's time (H100 constants); None: none fits."""
-    column_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= tokens)
-    variant = replace(variant, column_tiles=column_tiles, fused=tokens <= _FUSED_TOKENS)
-    strips, bits = -(-out // 16), sum(variant.bits)
-    best: tuple[float, Variant, int] | None = None
-    for split in (1, 2, 4, 8) if device.clusters else (1,):
-        candidate = replace(variant, split=split)
-        if candidate.shared_bytes(tokens, padded_in) > device.shared_bytes or padded_in // variant.block < split:
-            continue
-        columns = max(1, device.multiprocessors // split - (split > 2))  # clusters of 4 leave some units unused
-        columns = min(columns, strips)
-        rounds = -(-strips // columns)
-        weights = rounds * 16 * padded_in / split * bits / 8 / 23.5  # ns at 23.5 bytes per ns and multiprocessor
-        inputs = 2 * tokens * padded_in / split / 45
-        # a cluster's barrier stalls its copies: 3000 ns a strip were measured
-        cost = weights + inputs + (rounds + 1) * (100 if split == 1 else 3000)
-        if best is None or cost < best[0]:
-            best = cost, candidate, columns * split
-    return None if best is None else (best[1], best[2], best[0])
+def _plan(variant: Variant, tokens: int, out: int, device: _Device) -> tuple[Variant, int] | None:
+    """The decode variant for at most 32 tokens and its grid; None: the transformed tokens do not fit."""
+    tiles, bits = variant.padded_in // variant.tile, sum(variant.bits)
+    variant = replace(
+        variant,
+        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
+        fused=tokens <= _FUSED_TOKENS,
+        warps=next(w for w in (16, 8, 4, 2, 1) if w <= tiles),
+        depth=4 if bits <= 4 else 2 if bits <= 8 else 1,
+    )
+    if variant.shared_bytes(tokens) > device.shared_bytes:
+        return None
+    return variant, min(-(-out // 16), device.multiprocessors)
 
 
 @lru_cache(maxsize=4096)
-def _chunk(variant: Variant, tokens: int, out: int, padded_in: int, device: _Device) -> int | None:
-    """Tokens of one launch: the cheapest of 32, 16, 8, 4 by the model of `_plan`; None: nothing fits."""
-    costs = {}
-    for chunk in (32, 16, 8, 4):
-        plan = _plan(variant, min(chunk, tokens), out, padded_in, device)
-        if plan is not None:
-            costs[chunk] = -(-tokens // chunk) * (plan[2] + 2500)  # ns of launch and latency
-    return min(costs, key=lambda chunk: costs[chunk]) if costs else None
+def _chunk(variant: Variant, tokens: int, out: int, device: _Device) -> int | None:
+    """Tokens of one launch: the most that fit, shared out evenly; None: not even one."""
+    for chunk in (32, 16, 8, 4, 2, 1):
+        if _plan(variant, min(chunk, tokens), out, device) is not None:
+            return -(-tokens // -(-tokens // chunk))
+    return None
 
 
 def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant, grid: int) -> None:
@@ -353,9 +323,9 @@ def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant
         params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
         warps = -(-padded // 256) * tokens
         _launch(_function(variant, "tqw_transform", device), (-(-warps // 8), 1), 256, 0, params, device)
-    shared = variant.shared_bytes(tokens, padded)
+    shared = variant.shared_bytes(tokens)
     function = _function(variant, "tqw_decode", device)
-    _launch(function, (grid, 1), variant.warps * 32, shared, params, device, variant.split)
+    _launch(function, (grid, 1), variant.warps * 32, shared, params, device)
 
 
 def _dense_rows(
@@ -394,14 +364,14 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
         return y
     if tokens < _DENSE_TOKENS:
         device, variant = _device(x.device.index), _variant(qw, x.dtype)
-        chunk = _chunk(variant, tokens, qw.out_features, qw.padded_in, device)
+        chunk = _chunk(variant, tokens, qw.out_features, device)
         if chunk is not None:
             for first in range(0, tokens, chunk):
                 count = min(chunk, tokens - first)
-                plan = _plan(variant, count, qw.out_features, qw.padded_in, device)
+                plan = _plan(variant, count, qw.out_features, device)
                 assert plan is not None, "fewer tokens need less shared memory"
                 rows = slice(first, first + count)
-                _few(x[rows], y[rows], qw, bias, *plan[:2])
+                _few(x[rows], y[rows], qw, bias, *plan)
             return y
     _many(x, y, qw, bias)
     return y

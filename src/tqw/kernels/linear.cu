@@ -16,8 +16,8 @@
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // NT         columns tiles of 4 tokens: 1, 2, 4, 8   FUSED     1: every block transforms x itself
-// SPLIT      CTAs of a cluster that share a strip's inputs (1 below sm_90)
-// WARPS, STAGES   warps of a CTA, depth of its cp.async ring
+// IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
+// WARPS, DEPTH, MIN_CTAS   warps of a CTA, tiles each keeps on their way, CTAs of one multiprocessor
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -37,7 +37,7 @@ struct Params {
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
-  int tokens, out, in, in_padded, group, group_shift, groups, vectors, id_limit;
+  int tokens, out, in, vectors;
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -48,15 +48,6 @@ __host__ __device__ constexpr int plane_width(int bits, int plane) {
   return plane == 0 ? (bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits) : bits == 6 ? 2 : 1;
 }
 __host__ __device__ constexpr int plane_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
-__host__ __device__ constexpr int bits_before(int pass) {
-  int total = 0;
-  for (int i = 0; i < pass; i++) total += WIDTHS[i];
-  return total;
-}
-
-// One ring slot of one warp: for each pass the planes [row half][lane], then 16 words with the rows' scales.
-static constexpr int SLOT_SCALES = 64 * LANE * bits_before(PASSES) / 8;
-static constexpr int SLOT = SLOT_SCALES + 64 * PASSES;
 
 // ---------------------------------------------------------------------------------------------- small instructions
 
@@ -93,27 +84,6 @@ __device__ __forceinline__ void multiply(int* c, const u32* a, u32 b0, u32 b1) {
 }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Copies N bytes (a lane's codes) from global to shared memory without waiting; below 4 bytes there is no such copy.
-template <int N>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  if constexpr (N == 32) {
-    copy_async<16>(to, from);
-    copy_async<16>((u8*)to + 16, (const u8*)from + 16);
-  } else if constexpr (N == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  } else if constexpr (N == 8 || N == 4) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(N) : "memory");
-  } else if constexpr (N == 2) {
-    *(u16*)to = *(const u16*)from;
-  } else {
-    *(u8*)to = *(const u8*)from;
-  }
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 // Programmatic dependent launch: weights are constants, so they are fetched while the kernel before still runs.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -207,13 +177,13 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
 }
 
 // Byte offset within a row of the codes that lane t reads of the tile at input k.
-__device__ __forceinline__ int code_offset(const Params& p, int bits, int plane, int k, int t) {
+__device__ __forceinline__ int code_offset(int bits, int plane, int k, int t) {
   int width = plane_width(bits, plane);
   int lane = t * (LANE * width / 8);
   if (plane_count(bits) == 1) return (k >> 3) * width + lane;  // 32 | k
-  int group = k >> p.group_shift, within = k - group * p.group;
+  int group = k / GROUP, within = k % GROUP;
   int before = plane == 0 ? 0 : plane_width(bits, 0);
-  return group * (p.group / 8) * bits + p.group / 8 * before + (within >> 3) * width + lane;
+  return group * (GROUP / 8) * bits + GROUP / 8 * before + (within >> 3) * width + lane;
 }
 
 template <int BYTES>
@@ -358,65 +328,69 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
 
 // T(x) of many tokens, once for all blocks of the product: one warp for 256 inputs of one token.
 extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
-  int chunks = (p.in_padded + 255) / 256;
+  wait_for_previous_kernel();
+  int chunks = (IN_PADDED + 255) / 256;
   int item = blockIdx.x * 8 + threadIdx.x / 32;
   if (item >= chunks * p.tokens) return;
   int token = item / chunks, k0 = item % chunks * 256;
-  u8* high = p.planes + (i64)(2 * token) * p.in_padded;
-  transform(p, token, k0, p.in_padded, 0, high, high + p.in_padded, p.plane_scale + (i64)token * (p.in_padded / TILE));
+  u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
+  transform(p, token, k0, IN_PADDED, 0, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
 
-template <int I>
-__device__ __forceinline__ void fetch_pass(const Params& p, u8* slot, int row0, int row1, int k, int lane) {
-  constexpr int B = WIDTHS[I];
-  int t = lane & 3;
-  i64 stride = (i64)(p.in_padded >> 3) * B;
+static constexpr int TILES = IN_PADDED / TILE, GROUPS = IN_PADDED / GROUP;
+
+__host__ __device__ constexpr int words_of(int bits, int plane) {
+  return plane < plane_count(bits) ? (LANE * plane_width(bits, plane) + 31) / 32 : 0;
+}
+__host__ __device__ constexpr int words_before(int pass) {
+  int total = 0;
+  for (int i = 0; i < pass; i++) total += words_of(WIDTHS[i], 0) + words_of(WIDTHS[i], 1);
+  return total;
+}
+
+// What one lane holds of one tile of one strip: its codes of rows g and g + 8, and the two scales, of every pass.
+struct Unit {
+  u32 codes[2][words_before(PASSES)];
+  u16 scales[2][PASSES];
+};
+
+template <int BYTES>
+__device__ __forceinline__ void load_stream(u32* words, const u8* from) {
+  if constexpr (BYTES >= 16) {
 #pragma unroll
-  for (int plane = 0; plane < plane_count(B); plane++) {
-    constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-    u8* to = slot + 64 * LANE * bits_before(I) / 8 + plane * 64 * W0;
-    const u8* from = p.packed[I] + code_offset(p, B, plane, k, t);
-    if (plane == 0) {
-      copy_async<W0>(to + lane * W0, from + row0 * stride);
-      copy_async<W0>(to + (32 + lane) * W0, from + row1 * stride);
-    } else if constexpr (plane_count(B) == 2) {
-      copy_async<W1>(to + lane * W1, from + row0 * stride);
-      copy_async<W1>(to + (32 + lane) * W1, from + row1 * stride);
-    }
+    for (int i = 0; i < BYTES / 16; i++)
+      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
+                   : "l"(from + 16 * i));
+  } else {
+    read_words<BYTES>(words, from);
   }
-  if (t < 2) {  // the aligned word that holds this row's fp16 scale; the last word may be half a word
-    i64 index = (i64)(t ? row1 : row0) * p.groups + (k >> p.group_shift);
-    int bytes = (index & ~1ll) + 2 <= (i64)p.out * p.groups ? 4 : 2;
-    u8* to = slot + SLOT_SCALES + 64 * I + 4 * ((lane >> 2) + 8 * t);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
-                 "l"(p.scale[I] + (index & ~1ll)), "r"(bytes)
-                 : "memory");
+}
+
+template <int I>
+__device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0, int row1, int k, int t) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    i64 row = h ? row1 : row0;
+    const u8* codes = p.packed[I] + row * STRIDE;
+    load_stream<W0>(unit.codes[h] + FIRST, codes + code_offset(B, 0, k, t));
+    if constexpr (COUNT == 2) load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0), codes + code_offset(B, 1, k, t));
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(p.scale[I] + row * GROUPS + k / GROUP));
   }
-  if constexpr (I + 1 < PASSES) fetch_pass<I + 1>(p, slot, row0, row1, k, lane);
+  if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
 
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Params& p, const u8* slot, const u8* const* columns,
-                                              const float* x_scale, int row0, int row1, int k, int lane,
+__device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const* columns, const float* x_scale,
                                               float (*total)[2]) {
-  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-  const u8* codes = slot + 64 * LANE * bits_before(I) / 8;
-  u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    read_words<W0>(words[h], codes + (32 * h + lane) * W0);
-    if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + 64 * W0 + (32 * h + lane) * W1);
-  }
-  const u32* scales = (const u32*)(slot + SLOT_SCALES + 64 * I) + (lane >> 2);
-  int group = k >> p.group_shift;
-  float s0 = half_to_float((u16)(scales[0] >> (((row0 * p.groups + group) & 1) * 16)));
-  float s1 = half_to_float((u16)(scales[8] >> (((row1 * p.groups + group) & 1) * 16)));
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
@@ -429,18 +403,19 @@ __device__ __forceinline__ void multiply_pass(const Params& p, const u8* slot, c
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      decode<B>(words[0], extra[0], step + s, a[0], a[2]);
-      decode<B>(words[1], extra[1], step + s, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
   }
+  float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
     total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(p, slot, columns, x_scale, row0, row1, k, lane, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -457,145 +432,105 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
-static constexpr int OUTPUTS = 64 * NT;                          // of one strip: 16 rows, 4 NT tokens
-static constexpr int BUFFERS = NT <= 2 ? 2 : 1;                  // of warp sums: two save a barrier
-static constexpr int RING_BYTES = STAGES * WARPS * SLOT;
-static constexpr int SUM_BYTES = BUFFERS * WARPS * OUTPUTS * 4;
-static constexpr int EXCHANGE_BYTES = SPLIT > 1 ? 2 * OUTPUTS * 4 : 0;
+static constexpr int OUTPUTS = 64 * NT;  // of one strip: 16 rows, 4 NT tokens
+static constexpr int SUM_BYTES = 2 * WARPS * OUTPUTS * 4;  // two buffers save a barrier
+static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
 
-#if SPLIT > 1
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float read_peer(const float* mine, int rank) {
-  u32 address;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-#endif
-
-// A CTA owns a slice of the inputs (all of them for SPLIT 1) and every (grid / SPLIT)-th strip of 16 rows; its warps
-// take the slice's tiles in turn. The ring of copies runs across strips, so the memory never waits for a barrier.
+// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and sum at its end. Each lane
+// keeps DEPTH tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int rank = blockIdx.x % SPLIT, column_of_grid = blockIdx.x / SPLIT, strip_step = gridDim.x / SPLIT;
-  int blocks = p.in_padded / BLOCK;
-  int k_first = blocks * rank / SPLIT * BLOCK, k_end = blocks * (rank + 1) / SPLIT * BLOCK;
-  int tiles = (k_end - k_first) / TILE;
-  int widest = (blocks + SPLIT - 1) / SPLIT * BLOCK, pitch = widest + 16;  // 16: two columns share no bank
-  u8* ring = shared + warp * SLOT;
-  float* sums = (float*)(shared + RING_BYTES);
-  float* exchange = sums + SUM_BYTES / 4;
-  u8* planes = shared + RING_BYTES + SUM_BYTES + EXCHANGE_BYTES;
-  float* plane_scale = (float*)(planes + 2 * p.tokens * pitch);
-  int scale_pitch = widest / TILE;
+  float* sums = (float*)shared;
+  u8* planes = shared + SUM_BYTES;
+  float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
 
   int strips = (p.out + 15) / 16;
-  int per_strip = tiles > warp ? (tiles - warp + WARPS - 1) / WARPS : 0;
-  int fetch_strip = per_strip ? column_of_grid : strips, fetch_tile = warp, fetch_stage = 0;
-  auto fetch = [&]() {
-    if (fetch_strip < strips) {
-      int row0 = min(fetch_strip * 16 + g, p.out - 1), row1 = min(fetch_strip * 16 + g + 8, p.out - 1);
-      fetch_pass<0>(p, ring + fetch_stage * (WARPS * SLOT), row0, row1, k_first + fetch_tile * TILE, lane);
-      fetch_tile += WARPS;
-      if (fetch_tile >= tiles) fetch_tile = warp, fetch_strip += strip_step;
+  Unit units[DEPTH];
+  int next_strip = blockIdx.x, next_tile = warp;
+  auto fetch = [&](Unit& unit) {
+    if (next_strip < strips) {
+      int row0 = min(next_strip * 16 + g, p.out - 1), row1 = min(next_strip * 16 + g + 8, p.out - 1);
+      load_pass<0>(p, unit, row0, row1, next_tile * TILE, t);
     }
-    commit_copies();
-    fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
+    next_tile += WARPS;
+    if (next_tile >= TILES) next_tile = warp, next_strip += gridDim.x;
   };
-#pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) fetch();
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++) fetch(units[i]);
   allow_next_kernel();
   wait_for_previous_kernel();
 
 #if FUSED
-  int chunks = (k_end - k_first + 255) / 256;
+  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
 #pragma unroll 1
-  for (int item = warp; item < chunks * p.tokens; item += WARPS) {
-    int token = item / chunks;
-    u8* high = planes + 2 * token * pitch;
-    transform(p, token, k_first + item % chunks * 256, k_end, k_first, high, high + pitch,
-              plane_scale + token * scale_pitch);
+  for (int item = warp; item < CHUNKS * p.tokens; item += WARPS) {
+    int token = item / CHUNKS;
+    u8* high = planes + 2 * token * PITCH;
+    transform(p, token, item % CHUNKS * 256, IN_PADDED, 0, high, high + PITCH, plane_scale + token * TILES);
   }
 #else
-  int pieces = (k_end - k_first) / 16;
+  constexpr int PIECES = IN_PADDED / 16;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < pieces * 2 * p.tokens; i += WARPS * 32) {
-    int column = i / pieces, piece = i % pieces;
-    *(uint4*)(planes + column * pitch + 16 * piece) =
-        *(const uint4*)(p.planes + (i64)column * p.in_padded + k_first + 16 * piece);
-  }
-  for (int i = threadIdx.x; i < tiles * p.tokens; i += WARPS * 32) {
-    int token = i / tiles, tile = i % tiles;
-    plane_scale[token * scale_pitch + tile] =
-        p.plane_scale[(i64)token * (p.in_padded / TILE) + k_first / TILE + tile];
-  }
+  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
+    *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
+  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
 #endif
   __syncthreads();
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
   const float* x_scales[NT];
+  float total[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * pitch + t * LANE;
-    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * scale_pitch;
+    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE;
+    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES;
+    total[n][0] = total[n][1] = 0.f;
   }
-  int stage = 0, buffer = 0;
-#pragma unroll 1
-  for (int strip = column_of_grid; strip < strips; strip += strip_step) {
-    int row0 = min(strip * 16 + g, p.out - 1), row1 = min(strip * 16 + g + 8, p.out - 1);
-    float total[NT][2];
+  int strip = blockIdx.x, tile = warp, buffer = 0;
+  auto work = [&](Unit& unit) {  // one tile; false after the last
+    const u8* at[NT];
+    float x_scale[NT];
 #pragma unroll
-    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
-#pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += WARPS) {
-      wait_copies<STAGES - 2>();
-      __syncwarp();
-      fetch();  // into the slot that the warp finished before this barrier
-      const u8* at[NT];
-      float x_scale[NT];
-#pragma unroll
-      for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
-      multiply_pass<0>(p, ring + stage * (WARPS * SLOT), at, x_scale, row0, row1, k_first + tile * TILE, lane, total);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-    }
+    for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
+    multiply_pass<0>(unit, at, x_scale, total);
+    fetch(unit);
+    tile += WARPS;
+    if (tile < TILES) return true;
     float* sum = sums + buffer * WARPS * OUTPUTS;
+    buffer ^= 1;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      sum[warp * OUTPUTS + (4 * n + t) * 16 + g] = total[n][0];
-      sum[warp * OUTPUTS + (4 * n + t) * 16 + g + 8] = total[n][1];
+      if (4 * n + t < p.tokens) {
+        sum[warp * OUTPUTS + (4 * n + t) * 16 + g] = total[n][0];
+        sum[warp * OUTPUTS + (4 * n + t) * 16 + g + 8] = total[n][1];
+      }
+      total[n][0] = total[n][1] = 0.f;
     }
     __syncthreads();
-    float value = 0.f;
-    if (threadIdx.x < 16 * p.tokens) {
+    for (int i = threadIdx.x; i < 16 * p.tokens; i += WARPS * 32) {
+      float value = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) value += sum[w * OUTPUTS + threadIdx.x];
+      for (int w = 0; w < WARPS; w++) value += sum[w * OUTPUTS + i];
+      if (strip * 16 + i % 16 < p.out) store_output(p, i / 16, strip * 16 + i % 16, value);
     }
-    int token = threadIdx.x / 16, row = strip * 16 + threadIdx.x % 16;
-#if SPLIT > 1
-    float* mine = exchange + (strip - column_of_grid) / strip_step % 2 * OUTPUTS;
-    if (threadIdx.x < 16 * p.tokens) mine[threadIdx.x] = value;
-    cluster_barrier();
-    if (threadIdx.x < 16 * p.tokens && threadIdx.x / 16 % SPLIT == rank && row < p.out) {
-      value = 0.f;
-#pragma unroll
-      for (int r = 0; r < SPLIT; r++) value += read_peer(mine + threadIdx.x, r);
-      store_output(p, token, row, value);
-    }
-#else
-    if (threadIdx.x < 16 * p.tokens && row < p.out) store_output(p, token, row, value);
-    if (BUFFERS == 1) __syncthreads();
+    tile = warp;
+    strip += gridDim.x;
+    return strip < strips;
+  };
+  while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
+    if (!work(units[0])) return;
+#if DEPTH > 1
+    if (!work(units[1])) return;
 #endif
-    if (BUFFERS == 2) buffer ^= 1;
+#if DEPTH > 2
+    if (!work(units[2])) return;
+#endif
+#if DEPTH > 3
+    if (!work(units[3])) return;
+#endif
   }
-  wait_copies<0>();
-#if SPLIT > 1
-  cluster_barrier();  // no CTA leaves while another still reads its sums
-#endif
 }
 
 // ----------------------------------------------------------------------------------------- dense = (V H) * a, by rows
@@ -624,19 +559,19 @@ __device__ __forceinline__ void dense_pass(const Params& p, i64 row0, i64 row1, 
                                            const u32 (*fragment)[2], float (*value)[4][4]) {
   constexpr int B = WIDTHS[I], COUNT = plane_count(B);
   constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-  i64 stride = (i64)(p.in_padded >> 3) * B;
+  constexpr i64 stride = (i64)IN_PADDED / 8 * B;
 #pragma unroll
   for (int tile = 0; tile < BLOCK / TILE; tile++) {
-    int at = k + tile * TILE, group = at >> p.group_shift;
+    int at = k + tile * TILE, group = at / GROUP;
     u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       i64 row = h ? row1 : row0;
       const u8* codes = p.packed[I] + row * stride;
-      read_words<W0>(words[h], codes + code_offset(p, B, 0, at, lane & 3));
-      if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + code_offset(p, B, 1, at, lane & 3));
-      scale[h] = half_to_float(p.scale[I][row * p.groups + group]);
+      read_words<W0>(words[h], codes + code_offset(B, 0, at, lane & 3));
+      if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + code_offset(B, 1, at, lane & 3));
+      scale[h] = half_to_float(p.scale[I][row * GROUPS + group]);
     }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -690,7 +625,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_dequantize(const __grid_co
   int k = (blockIdx.x * 8 + threadIdx.x / 32) * BLOCK, first = blockIdx.y * 16;
   wait_for_previous_kernel();
   allow_next_kernel();
-  if (k >= p.in_padded) return;
+  if (k >= IN_PADDED) return;
   i64 to[2], from[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
