@@ -31,7 +31,7 @@ from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 32  # one launch of the decode kernel
-_FUSED_TOKENS = 4  # up to here every block transforms x itself
+_FUSED_INPUTS = 8192  # tokens * inputs up to here: every block transforms x itself
 _DENSE_TOKENS = 192  # from here on dequantize + cuBLAS wins (H100)
 _SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
 
@@ -55,6 +55,7 @@ class _Params(ctypes.Structure):
         ("out", ctypes.c_int),
         ("in_", ctypes.c_int),
         ("vectors", ctypes.c_int),
+        ("batch", ctypes.c_int),
     ]
 
 
@@ -86,9 +87,9 @@ class Variant:
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source()
 
-    def shared_bytes(self, tokens: int) -> int:
+    def shared_bytes(self, tokens: int, batch: int) -> int:
         """Dynamic shared memory of the decode kernel: warp sums, planes, plane scales."""
-        sums = 2 * self.warps * 64 * self.column_tiles * 4
+        sums = 2 * batch * self.warps * 16 * tokens * 4
         return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
 
 
@@ -280,20 +281,38 @@ def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     return params
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """One launch of the decode kernel."""
+
+    variant: Variant
+    grid: int
+    batch: int
+    shared: int
+
+
 @lru_cache(maxsize=4096)
-def _plan(variant: Variant, tokens: int, out: int, device: _Device) -> tuple[Variant, int] | None:
-    """The decode variant for at most 32 tokens and its grid; None: the transformed tokens do not fit."""
-    tiles, bits = variant.padded_in // variant.tile, sum(variant.bits)
+def _plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+    """How the decode kernel takes at most 32 tokens; None: the transformed tokens do not fit."""
+    tiles, bits, strips = variant.padded_in // variant.tile, sum(variant.bits), -(-out // 16)
     variant = replace(
         variant,
         column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
-        fused=tokens <= _FUSED_TOKENS,
+        fused=tokens * variant.padded_in <= _FUSED_INPUTS,
         warps=next(w for w in (16, 8, 4, 2, 1) if w <= tiles),
-        depth=4 if bits <= 4 else 2 if bits <= 8 else 1,
+        depth=2 if bits <= 8 else 1,
     )
-    if variant.shared_bytes(tokens) > device.shared_bytes:
-        return None
-    return variant, min(-(-out // 16), device.multiprocessors)
+    grid = min(strips, device.multiprocessors)
+    return _batched(variant, tokens, strips, grid, device.shared_bytes)
+
+
+def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) -> _Plan | None:
+    """The plan with as few barriers as `limit` bytes of shared memory allow."""
+    for batch in range(min(8, -(-strips // grid)), 0, -1):
+        shared = variant.shared_bytes(tokens, batch)
+        if shared <= limit:
+            return _Plan(variant, grid, batch, shared)
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -305,13 +324,13 @@ def _chunk(variant: Variant, tokens: int, out: int, device: _Device) -> int | No
     return None
 
 
-def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant, grid: int) -> None:
+def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, plan: _Plan) -> None:
     """y = T(x) V^T + b for at most 32 rows of x."""
-    device = _device(x.device.index)
+    device, variant = _device(x.device.index), plan.variant
     tokens, padded = x.shape[0], qw.padded_in
     params = _params(qw, x.shape[1])
     params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), tokens
-    params.bias = None if bias is None else bias.data_ptr()
+    params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
     size = x.element_size()
     params.vectors = not (
         params.x % 16 or x.stride(0) * size % 16 or params.channel % 8 or (x.shape[1] % 8 and x.shape[1] < padded)
@@ -323,9 +342,7 @@ def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant
         params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
         warps = -(-padded // 256) * tokens
         _launch(_function(variant, "tqw_transform", device), (-(-warps // 8), 1), 256, 0, params, device)
-    shared = variant.shared_bytes(tokens)
-    function = _function(variant, "tqw_decode", device)
-    _launch(function, (grid, 1), variant.warps * 32, shared, params, device)
+    _launch(_function(variant, "tqw_decode", device), (plan.grid, 1), variant.warps * 32, plan.shared, params, device)
 
 
 def _dense_rows(
@@ -371,7 +388,7 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
                 plan = _plan(variant, count, qw.out_features, device)
                 assert plan is not None, "fewer tokens need less shared memory"
                 rows = slice(first, first + count)
-                _few(x[rows], y[rows], qw, bias, *plan)
+                _few(x[rows], y[rows], qw, bias, plan)
             return y
     _many(x, y, qw, bias)
     return y

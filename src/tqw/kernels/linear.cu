@@ -37,7 +37,7 @@ struct Params {
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
-  int tokens, out, in, vectors;
+  int tokens, out, in, vectors, batch;
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -432,17 +432,17 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
-static constexpr int OUTPUTS = 64 * NT;  // of one strip: 16 rows, 4 NT tokens
-static constexpr int SUM_BYTES = 2 * WARPS * OUTPUTS * 4;  // two buffers save a barrier
 static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
 
-// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and sum at its end. Each lane
-// keeps DEPTH tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
+// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and leave their sums in shared
+// memory, which one barrier for every p.batch strips adds up (two buffers: no second barrier). Each lane keeps DEPTH
+// tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   float* sums = (float*)shared;
-  u8* planes = shared + SUM_BYTES;
+  int outputs = 16 * p.tokens;  // of one strip
+  u8* planes = shared + 2 * p.batch * WARPS * outputs * 4;
   float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
 
   int strips = (p.out + 15) / 16;
@@ -488,7 +488,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES;
     total[n][0] = total[n][1] = 0.f;
   }
-  int strip = blockIdx.x, tile = warp, buffer = 0;
+  int strip = blockIdx.x, tile = warp, buffer = 0, pending = 0;
   auto work = [&](Unit& unit) {  // one tile; false after the last
     const u8* at[NT];
     float x_scale[NT];
@@ -498,26 +498,33 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     fetch(unit);
     tile += WARPS;
     if (tile < TILES) return true;
-    float* sum = sums + buffer * WARPS * OUTPUTS;
-    buffer ^= 1;
+    float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       if (4 * n + t < p.tokens) {
-        sum[warp * OUTPUTS + (4 * n + t) * 16 + g] = total[n][0];
-        sum[warp * OUTPUTS + (4 * n + t) * 16 + g + 8] = total[n][1];
+        sum[(4 * n + t) * 16] = total[n][0];
+        sum[(4 * n + t) * 16 + 8] = total[n][1];
       }
       total[n][0] = total[n][1] = 0.f;
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 16 * p.tokens; i += WARPS * 32) {
-      float value = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) value += sum[w * OUTPUTS + i];
-      if (strip * 16 + i % 16 < p.out) store_output(p, i / 16, strip * 16 + i % 16, value);
-    }
     tile = warp;
-    strip += gridDim.x;
-    return strip < strips;
+    pending++;
+    bool more = strip + pending * gridDim.x < strips;
+    if (pending == p.batch || !more) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
+        const float* from = sums + (buffer * p.batch + i / outputs) * WARPS * outputs + i % outputs;
+        int row = (strip + i / outputs * gridDim.x) * 16 + i % 16;
+        float value = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) value += from[w * outputs];
+        if (row < p.out) store_output(p, i % outputs / 16, row, value);
+      }
+      buffer ^= 1;
+      strip += pending * gridDim.x;
+      pending = 0;
+    }
+    return more;
   };
   while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
     if (!work(units[0])) return;
