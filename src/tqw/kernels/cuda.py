@@ -76,6 +76,10 @@ class Variant:
     warps: int = 16
     depth: int = 2
     min_ctas: int = 1
+    columns: int = 0  # of middle.cu; 0: not part of the module
+    warpgroups: int = 1
+    split: int = 1
+    stages: int = 4
 
     def source(self) -> str:
         macros = {
@@ -85,7 +89,14 @@ class Variant:
             "WARPS": self.warps, "DEPTH": self.depth, "MIN_CTAS": self.min_ctas,
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
-        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source()
+        files = ["linear.cu"]
+        if self.columns:
+            macros |= {
+                "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "SPLIT": self.split, "STAGES": self.stages,
+                **_wgmma(self.columns),
+            }  # fmt: skip
+            files.append("middle.cu")
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
         """Dynamic shared memory of the decode kernel: warp sums, planes, plane scales."""
@@ -93,9 +104,26 @@ class Variant:
         return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
 
 
-@lru_cache(maxsize=1)
-def _source() -> str:
-    return resources.files("tqw.kernels").joinpath("linear.cu").read_text()
+    def ring_bytes(self) -> int:
+        """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers."""
+        return max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4) + 16 * self.stages
+
+
+def _wgmma(columns: int) -> dict[str, str]:
+    """Macros of the wgmma for 64 rows and `columns` tokens, A in registers, which names each of its accumulators."""
+    count = columns // 2
+    sums = ",".join(f"%{i}" for i in range(count))
+    a = ",".join(f"%{count + i}" for i in range(4))
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;"
+    return {
+        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}\\n"',
+        "WGMMA_SUMS": ",".join(f'"+f"(d[{i}])' for i in range(count)),
+    }
+
+
+@lru_cache(maxsize=2)
+def _source(name: str) -> str:
+    return resources.files("tqw.kernels").joinpath(name).read_text()
 
 
 # ------------------------------------------------------------------------------------------------ compile and cache
@@ -198,7 +226,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
         try:
             module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
             function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name == "tqw_decode":
+            if name in ("tqw_decode", "tqw_middle"):
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -207,7 +235,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
 
 
 def _launch(
-    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device
+    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device, split: int = 1
 ) -> None:
     driver = import_module("cuda.bindings.driver")
     config = driver.CUlaunchConfig()
@@ -221,6 +249,11 @@ def _launch(
         overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         overlap.value.programmaticStreamSerializationAllowed = 1
         attributes.append(overlap)
+    if split > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = split, 1, 1
+        attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
@@ -324,17 +357,25 @@ def _chunk(variant: Variant, tokens: int, out: int, device: _Device) -> int | No
     return None
 
 
+def _input_params(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> _Params:
+    params = _params(qw, x.shape[1])
+    params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
+    params.bias = None if bias is None else bias.data_ptr()
+    params.vectors = not (
+        params.x % 16
+        or x.stride(0) * x.element_size() % 16
+        or params.channel % 8
+        or (x.shape[1] % 8 and x.shape[1] < qw.padded_in)
+    )
+    return params
+
+
 def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, plan: _Plan) -> None:
     """y = T(x) V^T + b for at most 32 rows of x."""
     device, variant = _device(x.device.index), plan.variant
     tokens, padded = x.shape[0], qw.padded_in
-    params = _params(qw, x.shape[1])
-    params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), tokens
-    params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
-    size = x.element_size()
-    params.vectors = not (
-        params.x % 16 or x.stride(0) * size % 16 or params.channel % 8 or (x.shape[1] % 8 and x.shape[1] < padded)
-    )
+    params = _input_params(x, y, qw, bias)
+    params.batch = plan.batch
     planes = plane_scale = None  # alive until the launch
     if not variant.fused:
         planes = torch.empty(2 * tokens * padded, dtype=torch.uint8, device=x.device)
@@ -343,6 +384,21 @@ def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, plan: _
         warps = -(-padded // 256) * tokens
         _launch(_function(variant, "tqw_transform", device), (-(-warps // 8), 1), 256, 0, params, device)
     _launch(_function(variant, "tqw_decode", device), (plan.grid, 1), variant.warps * 32, plan.shared, params, device)
+
+
+def _between(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant) -> None:
+    """y = T(x) V^T + b for tens to hundreds of rows of x (middle.cu)."""
+    device, tokens, padded = _device(x.device.index), x.shape[0], qw.padded_in
+    blocks = -(-tokens // variant.columns)
+    planes = torch.empty(blocks * variant.columns * padded, dtype=torch.float16, device=x.device)
+    plane_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    params = _input_params(x, y, qw, bias)
+    params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
+    _launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, params, device)
+    rows = 64 * variant.warpgroups
+    grid = -(-qw.out_features // rows) * variant.split, blocks
+    function = _function(variant, "tqw_middle", device)
+    _launch(function, grid, 128 * variant.warpgroups, variant.ring_bytes(), params, device, variant.split)
 
 
 def _dense_rows(
