@@ -30,9 +30,10 @@ from tqw.errors import TqwError
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_DECODE_TOKENS = 32  # one launch of the decode kernel
+_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_MIDDLE_TOKENS = 320  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _FUSED_INPUTS = 8192  # tokens * inputs up to here: every block transforms x itself
-_DENSE_TOKENS = 192  # from here on dequantize + cuBLAS wins (H100)
+_DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
 
 
@@ -103,7 +104,6 @@ class Variant:
         sums = 2 * batch * self.warps * 16 * tokens * 4
         return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
 
-
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers."""
         return max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4) + 16 * self.stages
@@ -114,7 +114,9 @@ def _wgmma(columns: int) -> dict[str, str]:
     count = columns // 2
     sums = ",".join(f"%{i}" for i in range(count))
     a = ",".join(f"%{count + i}" for i in range(4))
-    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;"
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;"
+    )
     return {
         "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}\\n"',
         "WGMMA_SUMS": ",".join(f'"+f"(d[{i}])' for i in range(count)),
@@ -234,29 +236,50 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
     return function
 
 
-def _launch(
-    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device, split: int = 1
-) -> None:
+@lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream: int, overlap: bool) -> Any:
+    """The driver's description of a launch, made once: to make one takes longer than to launch."""
     driver = import_module("cuda.bindings.driver")
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared
-    config.hStream = torch.cuda.current_stream(device.index).cuda_stream
+    config.sharedMemBytes, config.hStream = shared, stream
     attributes = []
-    if device.clusters:
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        overlap.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(overlap)
+    if overlap:
+        programmatic = driver.CUlaunchAttribute()
+        programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        programmatic.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(programmatic)
     if split > 1:
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = split, 1, 1
         attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
+    return config
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> Any:
+    return import_module("cuda.bindings.driver").cuLaunchKernelEx
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One kernel and its grid, ready to go."""
+
+    function: Any
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    device: _Device
+    split: int = 1
+
+    def __call__(self, params: _Params) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
+        pointers = ctypes.c_void_p(ctypes.addressof(params))
+        _checked(_launcher()(config, self.function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 
 
 # ---------------------------------------------------------------------------------------------------------- the op
@@ -316,89 +339,128 @@ def _params(qw: QuantizedWeight, in_features: int) -> _Params:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One launch of the decode kernel."""
+    """How a kernel of this file takes so many tokens: what it needs for T(x), and its launches."""
 
-    variant: Variant
-    grid: int
-    batch: int
-    shared: int
+    plane_bytes: int
+    scale_count: int
+    launches: tuple[_Launch, ...]
+    batch: int = 1
 
 
-@lru_cache(maxsize=4096)
-def _plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
-    """How the decode kernel takes at most 32 tokens; None: the transformed tokens do not fit."""
-    tiles, bits, strips = variant.padded_in // variant.tile, sum(variant.bits), -(-out // 16)
-    variant = replace(
-        variant,
-        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
-        fused=tokens * variant.padded_in <= _FUSED_INPUTS,
-        warps=next(w for w in (16, 8, 4, 2, 1) if w <= tiles),
-        depth=2 if bits <= 8 else 1,
-    )
+def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) -> int | None:
+    """The most strips for one barrier that `limit` bytes of shared memory allow; None: not even one."""
+    batches = range(min(8, -(-strips // grid)), 0, -1)
+    return next((batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit), None)
+
+
+def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+    """The decode kernel for at most 32 tokens; None: the transformed tokens do not fit."""
+    tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
     grid = min(strips, device.multiprocessors)
-    return _batched(variant, tokens, strips, grid, device.shared_bytes)
+    warps = next(w for w in (16, 8, 4, 2, 1) if w <= tiles)
+    deep = -(-strips // grid) * tiles // warps > 6 and bits <= 4
+    variant = replace(
+        base,
+        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
+        fused=tokens * base.padded_in <= _FUSED_INPUTS,
+        warps=warps,
+        depth=4 if deep else 2 if bits <= 8 else 1,
+    )
+    batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
+    if batch is None:
+        return None
+    shared = variant.shared_bytes(tokens, batch)
+    decode = _Launch(_function(variant, "tqw_decode", device), (grid, 1), 32 * warps, shared, device)
+    if variant.fused:
+        return _Plan(0, 0, (decode,), batch)
+    items = -(-base.padded_in // 256) * tokens
+    transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
+    return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
-def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) -> _Plan | None:
-    """The plan with as few barriers as `limit` bytes of shared memory allow."""
-    for batch in range(min(8, -(-strips // grid)), 0, -1):
-        shared = variant.shared_bytes(tokens, batch)
-        if shared <= limit:
-            return _Plan(variant, grid, batch, shared)
-    return None
+def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
+    """The variant of middle.cu that fills the GPU with the least re-reading of T(x); None: not for this GPU or tile."""
+    if not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    strips, units = -(-out // 64), device.multiprocessors
+    columns = next((c for c in (16, 32, 64, 128) if c >= tokens), 256)
+    if columns == 256 and strips // 2 * -(-tokens // 256) < 0.7 * units:
+        columns = 128
+    blocks = -(-tokens // columns)
+    warpgroups = 2 if columns >= 64 and (columns == 256 or strips * blocks >= 0.9 * units) else 1
+    enough = 0.9 * units * {16: 4, 32: 4, 64: 2}.get(columns, 1)  # warpgroups
+    splits = [split for split in (1, 2, 4, 8) if split * 2 <= base.padded_in // 128] or [1]
+    split = next((split for split in splits if strips * blocks * split >= enough), splits[-1])
+    stages = 3 if columns * warpgroups >= 256 else 4
+    return replace(base, columns=columns, warpgroups=warpgroups, split=split, stages=stages)
+
+
+def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
+    blocks = -(-tokens // variant.columns)
+    grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
+    spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
+    function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
+    product = _Launch(function, grid, threads, variant.ring_bytes(), device, variant.split)
+    return _Plan(2 * blocks * variant.columns * variant.padded_in, tokens, (spread, product))
 
 
 @lru_cache(maxsize=4096)
-def _chunk(variant: Variant, tokens: int, out: int, device: _Device) -> int | None:
-    """Tokens of one launch: the most that fit, shared out evenly; None: not even one."""
-    for chunk in (32, 16, 8, 4, 2, 1):
-        if _plan(variant, min(chunk, tokens), out, device) is not None:
-            return -(-tokens // -(-tokens // chunk))
-    return None
+def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+    """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
+    if tokens <= _DECODE_TOKENS:
+        plan = _decode_plan(base, tokens, out, device)
+        if plan is not None:
+            return plan
+    variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None
+    return None if variant is None else _middle_plan(variant, tokens, out, device)
 
 
-def _input_params(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> _Params:
-    params = _params(qw, x.shape[1])
-    params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
-    params.bias = None if bias is None else bias.data_ptr()
-    params.vectors = not (
-        params.x % 16
-        or x.stride(0) * x.element_size() % 16
-        or params.channel % 8
-        or (x.shape[1] % 8 and x.shape[1] < qw.padded_in)
-    )
-    return params
+class _Ready:
+    """What all calls on one weight share: the parameters that it decides, and a plan for each number of tokens."""
+
+    def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
+        self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
+        self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
+        self.size, self.plans = dtype.itemsize, {}
+
+    def plan(self, tokens: int) -> _Plan | None:
+        if tokens not in self.plans:
+            self.plans[tokens] = _plan(self.base, tokens, self.out, self.device)
+        return self.plans[tokens]
+
+    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, plan: _Plan) -> None:
+        """y = T(x) V^T + b for [tokens, in] -> [tokens, out]."""
+        params = _Params.from_buffer_copy(self.params)  # threads share self
+        params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
+        params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
+        params.vectors = not (
+            params.x % 16
+            or params.x_stride * self.size % 16
+            or params.channel % 8
+            or (self.in_features % 8 and self.in_features < self.padded)
+        )
+        planes = plane_scale = None  # alive until the launch
+        if plan.plane_bytes:
+            planes = torch.empty(plan.plane_bytes, dtype=torch.uint8, device=x.device)
+            plane_scale = torch.empty(plan.scale_count, dtype=torch.float32, device=x.device)
+            params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
+        for launch in plan.launches:
+            launch(params)
 
 
-def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, plan: _Plan) -> None:
-    """y = T(x) V^T + b for at most 32 rows of x."""
-    device, variant = _device(x.device.index), plan.variant
-    tokens, padded = x.shape[0], qw.padded_in
-    params = _input_params(x, y, qw, bias)
-    params.batch = plan.batch
-    planes = plane_scale = None  # alive until the launch
-    if not variant.fused:
-        planes = torch.empty(2 * tokens * padded, dtype=torch.uint8, device=x.device)
-        plane_scale = torch.empty(tokens * padded // variant.tile, dtype=torch.float32, device=x.device)
-        params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
-        warps = -(-padded // 256) * tokens
-        _launch(_function(variant, "tqw_transform", device), (-(-warps // 8), 1), 256, 0, params, device)
-    _launch(_function(variant, "tqw_decode", device), (plan.grid, 1), variant.warps * 32, plan.shared, params, device)
+_READY: dict[tuple, _Ready] = {}
 
 
-def _between(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant) -> None:
-    """y = T(x) V^T + b for tens to hundreds of rows of x (middle.cu)."""
-    device, tokens, padded = _device(x.device.index), x.shape[0], qw.padded_in
-    blocks = -(-tokens // variant.columns)
-    planes = torch.empty(blocks * variant.columns * padded, dtype=torch.float16, device=x.device)
-    plane_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    params = _input_params(x, y, qw, bias)
-    params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
-    _launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, params, device)
-    rows = 64 * variant.warpgroups
-    grid = -(-qw.out_features // rows) * variant.split, blocks
-    function = _function(variant, "tqw_middle", device)
-    _launch(function, grid, 128 * variant.warpgroups, variant.ring_bytes(), params, device, variant.split)
+def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
+    """The prepared weight. The key holds all that it was made from, so reused memory cannot make it wrong."""
+    tensors = (*qw.packed, *qw.weight_scale, *qw.channel_scale)
+    key = (x.dtype, x.shape[1], x.device.index, qw.rotation, *[(t.data_ptr(), t.shape) for t in tensors])
+    ready = _READY.get(key)
+    if ready is None:
+        if len(_READY) >= 8192:
+            _READY.clear()
+        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[1], _device(x.device.index))
+    return ready
 
 
 def _dense_rows(
@@ -412,7 +474,9 @@ def _dense_rows(
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
     variant = _variant(qw, dtype)
     function = _function(variant, "tqw_dequantize", device)
-    _launch(function, (-(-qw.padded_in // variant.block // 8), -(-rows // 16)), 256, 0, params, device)
+    across = -(-qw.padded_in // variant.block // 4)
+    down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
+    _Launch(function, (across, down), 128, 0, device)(params)
 
 
 def _many(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> None:
@@ -435,19 +499,27 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
     y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
-    if tokens < _DENSE_TOKENS:
-        device, variant = _device(x.device.index), _variant(qw, x.dtype)
-        chunk = _chunk(variant, tokens, qw.out_features, device)
-        if chunk is not None:
-            for first in range(0, tokens, chunk):
-                count = min(chunk, tokens - first)
-                plan = _plan(variant, count, qw.out_features, device)
-                assert plan is not None, "fewer tokens need less shared memory"
-                rows = slice(first, first + count)
-                _few(x[rows], y[rows], qw, bias, plan)
-            return y
-    _many(x, y, qw, bias)
+    ready = _ready(qw, x)
+    plan = ready.plan(tokens)
+    if plan is not None:
+        ready.run(x, y, bias, plan)
+        return y
+    chunk = _chunk(ready, tokens) if tokens < _DENSE_TOKENS else None
+    if chunk is None:
+        _many(x, y, qw, bias)
+        return y
+    for first in range(0, tokens, chunk):
+        rows = slice(first, min(first + chunk, tokens))
+        plan = ready.plan(rows.stop - first)
+        assert plan is not None, "fewer tokens need less shared memory"
+        ready.run(x[rows], y[rows], bias, plan)
     return y
+
+
+def _chunk(ready: _Ready, tokens: int) -> int | None:
+    """Tokens of one launch when all do not fit in one: the most that fit, shared out evenly."""
+    chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
+    return chunk and -(-tokens // -(-tokens // chunk))
 
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -458,10 +530,11 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
+    product = _shared_rotation if qw.shares_rotation and qw.rotation != "qr" else _by_pass
+    if torch.cuda.current_device() == x.device.index:  # to set the device costs as much as a launch
+        return product(x, qw, bias).view(shape)
     with torch.cuda.device(x.device):
-        if qw.shares_rotation and qw.rotation != "qr":
-            return _shared_rotation(x, qw, bias).view(shape)
-        return _by_pass(x, qw, bias).view(shape)
+        return product(x, qw, bias).view(shape)
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:

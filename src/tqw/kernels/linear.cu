@@ -559,43 +559,47 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
   return word;
 }
 
-static constexpr int BLOCK_STEPS = BLOCK / 32;
+static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
+// value += scale * levels H32 of one block's tiles; scale holds the normalisation of H.
 template <int I>
-__device__ __forceinline__ void dense_pass(const Params& p, i64 row0, i64 row1, int k, int lane,
-                                           const u32 (*fragment)[2], float (*value)[4][4]) {
-  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-  constexpr i64 stride = (i64)IN_PADDED / 8 * B;
+__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float norm, float (*value)[4][4]) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
-  for (int tile = 0; tile < BLOCK / TILE; tile++) {
-    int at = k + tile * TILE, group = at / GROUP;
-    u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
-    float scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      i64 row = h ? row1 : row0;
-      const u8* codes = p.packed[I] + row * stride;
-      read_words<W0>(words[h], codes + code_offset(B, 0, at, lane & 3));
-      if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + code_offset(B, 1, at, lane & 3));
-      scale[h] = half_to_float(p.scale[I][row * GROUPS + group]);
-    }
+  for (int tile = 0; tile < BLOCK_TILES; tile++) {
+    const Unit& unit = units[tile];
+    float scale[2] = {half_to_float(unit.scales[0][I]) * norm, half_to_float(unit.scales[1][I]) * norm};
+    float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
-      decode<B>(words[0], extra[0], step, a[0], a[2]);
-      decode<B>(words[1], extra[1], step, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int c[4] = {0, 0, 0, 0};
+        int c[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
         multiply(c, a, fragment[j][0], fragment[j][1]);
         float* v = value[tile * STEPS + step][j];
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = I ? fmaf(scale[i / 2], (float)c[i], v[i]) : scale[i / 2] * (float)c[i];
+        for (int i = 0; i < 4; i++) {
+          float product = fmaf(scale[i / 2], __int_as_float(c[i]), offset[i / 2]);
+          v[i] = I ? v[i] + product : product;
+        }
       }
     }
   }
-  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(p, row0, row1, k, lane, fragment, value);
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, norm, value);
+}
+
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  u32 d;
+#if X_TYPE == 1
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+  return d;
 }
 
 __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
@@ -611,77 +615,111 @@ __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, con
       if (k + i < p.in) y[i] = v[i];
   }
 #else
-  u16 half[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) half[i] = X_TYPE == 1 ? float_to_half(v[i]) : float_to_bfloat(v[i]);
   u16* y = (u16*)p.y + index;
-  if (p.vectors) {
-    *(uint4*)y = make_uint4(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16, half[4] | (u32)half[5] << 16,
-                            half[6] | (u32)half[7] << 16);
-  } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (k + i < p.in) y[i] = half[i];
-  }
+  for (int i = 0; i < 8; i++)
+    if (k + i < p.in) y[i] = X_TYPE == 1 ? float_to_half(v[i]) : float_to_bfloat(v[i]);
 #endif
 }
 
-// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows; one warp for 16 rows of one rotation block.
-extern "C" __global__ void __launch_bounds__(256) tqw_dequantize(const __grid_constant__ Params p) {
-  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int k = (blockIdx.x * 8 + threadIdx.x / 32) * BLOCK, first = blockIdx.y * 16;
-  wait_for_previous_kernel();
+// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows. A warp owns one rotation block of every
+// gridDim.y-th strip of 16 rows and loads the next strip's codes while it works on one.
+extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
+    tqw_dequantize(const __grid_constant__ Params p) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int k = (blockIdx.x * 4 + warp) * BLOCK;
+#if X_TYPE != 0
+  __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
+  u8* piece = shared[warp];
+#endif
   allow_next_kernel();
+  wait_for_previous_kernel();
   if (k >= IN_PADDED) return;
-  i64 to[2], from[2];
+  Unit units[BLOCK_TILES];
+  auto fetch = [&](int first) {
+    i64 from[2];
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    to[h] = first + g + 8 * h;
-    i64 read = min(to[h], (i64)p.tokens - 1);
-    from[h] = p.ids ? p.ids[read] : p.first_row + read;
-    if (p.ids && (from[h] < 0 || from[h] >= p.out)) __trap();  // as torch's own embedding: a device-side assertion
-  }
+    for (int h = 0; h < 2; h++) {
+      i64 read = min(first + g + 8 * h, p.tokens - 1);
+      from[h] = p.ids ? p.ids[read] : p.first_row + read;
+      if (p.ids && (from[h] < 0 || from[h] >= p.out)) __trap();  // as torch's own embedding: a device-side assertion
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK_TILES; i++) load_pass<0>(p, units[i], (int)from[0], (int)from[1], k + i * TILE, t);
+  };
+  fetch(blockIdx.y * 16);
   u32 fragment[4][2];
 #pragma unroll
-  for (int j = 0; j < 4; j++) fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
-  float value[BLOCK_STEPS][4][4];
-  dense_pass<0>(p, from[0], from[1], k, lane, fragment, value);
+  for (int j = 0; j < 4; j++)
+    fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
+#if SCALED
+  float a[BLOCK_STEPS][8];
+#pragma unroll
+  for (int s = 0; s < BLOCK_STEPS; s++) channel_scales(p, k + s / STEPS * TILE + t * LANE + s % STEPS * 8, a[s]);
+#endif
 #if ROTATE
-  // the input bits that number the steps
-#pragma unroll
-  for (int bit = 1; bit < BLOCK_STEPS; bit *= 2) {
-#pragma unroll
-    for (int s = 0; s < BLOCK_STEPS; s++) {
-      if (s & bit) continue;
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        float a = value[s][i / 4][i % 4], b = value[s | bit][i / 4][i % 4];
-        value[s][i / 4][i % 4] = a + b, value[s | bit][i / 4][i % 4] = a - b;
-      }
-    }
-  }
   const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
 #else
   const float norm = 1.f;
 #endif
+#pragma unroll 1
+  for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
+    float value[BLOCK_STEPS][4][4];
+    dense_pass<0>(units, fragment, norm, value);
+    if (first + gridDim.y * 16 < p.tokens) fetch(first + gridDim.y * 16);
+#if ROTATE
+    // the input bits that number the steps
 #pragma unroll
-  for (int s = 0; s < BLOCK_STEPS; s++) {
-    int at = k + s / STEPS * TILE + t * LANE + s % STEPS * 8;
-    float a[8];
-#if SCALED
-    channel_scales(p, at, a);
-#endif
+    for (int bit = 1; bit < BLOCK_STEPS; bit *= 2) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float v[8];
+      for (int s = 0; s < BLOCK_STEPS; s++) {
+        if (s & bit) continue;
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        v[i] = value[s][i / 2][2 * h + i % 2] * norm;
-#if SCALED
-        v[i] *= a[i];
-#endif
+        for (int i = 0; i < 16; i++) {
+          float low = value[s][i / 4][i % 4], high = value[s | bit][i / 4][i % 4];
+          value[s][i / 4][i % 4] = low + high, value[s | bit][i / 4][i % 4] = low - high;
+        }
       }
-      if (to[h] < p.tokens) store_dense(p, to[h], at, v);
     }
+#endif
+#pragma unroll
+    for (int s = 0; s < BLOCK_STEPS; s++) {
+      int within = s / STEPS * TILE + t * LANE + s % STEPS * 8;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        int row = g + 8 * h;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          v[i] = value[s][i / 2][2 * h + i % 2];
+#if SCALED
+          v[i] *= a[s][i];
+#endif
+        }
+#if X_TYPE != 0
+        if (p.vectors) {  // through shared memory, swizzled, so that rows are written side by side
+          int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
+          *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
+              make_uint4(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]), pack_pair(v[4], v[5]), pack_pair(v[6], v[7]));
+          continue;
+        }
+#endif
+        if (first + row < p.tokens) store_dense(p, first + row, k + within, v);
+      }
+    }
+#if X_TYPE != 0
+    if (p.vectors) {
+      constexpr int CHUNKS = BLOCK / 8;  // of a row
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < CHUNKS / 2; i++) {
+        int row = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
+        uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
+        if (first + row < p.tokens && k + chunk * 8 < p.in)
+          *(uint4*)((u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8) = q;
+      }
+      __syncwarp();
+    }
+#endif
   }
 }
