@@ -1,9 +1,14 @@
-"""Times of the linear op against torch's own, with the measured read bandwidth as the limit: `tqw bench`."""
+"""Times of the linear op against torch's own, with the measured read bandwidth as the limit: `tqw bench`.
+
+On a GPU a time is that of one call inside a CUDA graph over copies of the weight that do not fit in the L2 cache, as
+in a model whose layers follow each other; `eager_microseconds` is the wall time of a call from Python, nothing hidden.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +23,8 @@ from tqw.weight import QuantizedWeight, dequantize, quantize
 DEFAULT_SHAPES = ("576x576", "1536x576", "576x1536", "1024x1024", "3072x1024", "4096x4096")
 _SECONDS, _LEAST_RUNS = 0.4, 5
 _BANDWIDTH_BYTES = 256 << 20
+_COLD_BYTES = 220_000_000  # several times any L2 cache
+_EAGER_CALLS = 300
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -52,6 +59,46 @@ def _interleaved_medians(calls: dict[str, Callable[[], Any]], device: torch.devi
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
+def copies_to_be_cold(nbytes: int) -> int:
+    """How many weights of `nbytes` the L2 cache surely does not hold."""
+    return max(4, -(-_COLD_BYTES // nbytes))
+
+
+def graph_microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
+    """Median over replays of a CUDA graph of all `calls`, for one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[2:])[replays // 2] * 1e3 / len(calls)
+
+
+def eager_microseconds(call: Callable[[], Any]) -> float:
+    """Wall time of a call from Python, of many in a row: the larger of what the host and the GPU need."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_EAGER_CALLS):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / _EAGER_CALLS * 1e6
+
+
 def read_bandwidth(device: torch.device) -> float:
     """Gigabytes per second that a sum over 256 MiB of int64 reads: the best of 5."""
     data = torch.ones(_BANDWIDTH_BYTES // 8, dtype=torch.int64, device=device)
@@ -67,6 +114,48 @@ def read_bandwidth(device: torch.device) -> float:
 
 def _relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
+
+
+def checked_error(name: str, y: Tensor, exact: Tensor, limit: float) -> float:
+    """The relative error of a result that is about to be timed; raises when it is above `limit`."""
+    error = _relative_error(y, exact)
+    if not error <= limit:
+        raise TqwError(f"expected {name} within {limit} of float64, got {error:.2e}: not timing wrong results")
+    return error
+
+
+def copy_weight(qw: QuantizedWeight) -> QuantizedWeight:
+    """The same weight in its own memory."""
+    packed, scales = (tuple(t.clone() for t in group) for group in (qw.packed, qw.weight_scale))
+    return replace(qw, packed=packed, weight_scale=scales)
+
+
+def bench_shape_cuda(qw: QuantizedWeight, dense: Tensor, tokens: int) -> list[dict[str, Any]]:
+    """Rows of tqw and bfloat16 cuBLAS on a GPU, for activations in bfloat16."""
+    out_features, in_features = dense.shape
+    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(qw.device, torch.bfloat16)
+    exact = functional.linear(x.double(), dense.double())
+    weights = [copy_weight(qw) for _ in range(copies_to_be_cold(qw.nbytes()))]
+    dense16 = dense.to(torch.bfloat16)
+    dense_copies = [dense16.clone() for _ in range(copies_to_be_cold(dense16.nbytes))]
+    calls: dict[str, list[Callable[[], Tensor]]] = {
+        "tqw": [lambda w=w: kernels.linear(x, w) for w in weights],
+        "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in dense_copies],
+    }
+    sizes = {"tqw": (format_bits(qw.bits), qw.nbytes()), "torch_bfloat16": ("16", dense16.nbytes)}
+    rows = []
+    for name, each in calls.items():
+        error = checked_error(name, each[0](), exact, 1e-2)  # bfloat16 rounds weights and output to 2^-9
+        microseconds = graph_microseconds(each)
+        rows.append(
+            {
+                "device": "cuda", "shape": f"{out_features}x{in_features}", "tokens": tokens, "method": name,
+                "bits": sizes[name][0], "microseconds": microseconds,
+                "packed_gigabytes_per_second": sizes[name][1] / microseconds / 1e3, "relative_error": error,
+                "eager_microseconds": eager_microseconds(each[0]),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def bench_shape(
@@ -85,12 +174,7 @@ def bench_shape(
     }
     # float32 accumulates in_features terms; bfloat16 rounds inputs, weights and output to 2^-9 each.
     limits = {"tqw": 1e-2, "torch_float32": 1e-5, "torch_bfloat16": 2e-2}
-    errors = {name: _relative_error(call(), exact) for name, call in calls.items()}
-    for name, error in errors.items():
-        if not error <= limits[name]:
-            raise TqwError(
-                f"expected {name} within {limits[name]} of float64, got {error:.2e}: not timing wrong results"
-            )
+    errors = {name: checked_error(name, call(), exact, limits[name]) for name, call in calls.items()}
     bits = {"tqw": format_bits(qw.bits), "torch_float32": "32", "torch_bfloat16": "16"}
     sizes = {"tqw": qw.nbytes(), **{name: weight.nbytes for name, weight in weights.items()}}
     return [
@@ -134,7 +218,10 @@ def bench(
         qw = quantize(weight.to(target), config)
         dense = dequantize(qw)
         for count in tokens:
-            rows += bench_shape(out_features, in_features, count, qw, dense, target)
+            if target.type == "cuda":
+                rows += bench_shape_cuda(qw, dense, count)
+            else:
+                rows += bench_shape(out_features, in_features, count, qw, dense, target)
     if on_row is not None:
         for row in rows:
             on_row(row)

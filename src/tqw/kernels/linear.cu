@@ -562,15 +562,15 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
 static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
 static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
-// value += scale * levels H32 of one block's tiles; scale holds the normalisation of H.
+// value += weight_scale * levels H32 of one block's tiles.
 template <int I>
-__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float norm, float (*value)[4][4]) {
+__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int tile = 0; tile < BLOCK_TILES; tile++) {
     const Unit& unit = units[tile];
-    float scale[2] = {half_to_float(unit.scales[0][I]) * norm, half_to_float(unit.scales[1][I]) * norm};
-    float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits
+    float scale[2] = {half_to_float(unit.scales[0][I]), half_to_float(unit.scales[1][I])};
+    float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits, fp16 eleven
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
@@ -578,8 +578,11 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
       decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int c[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
-        multiply(c, a, fragment[j][0], fragment[j][1]);
+        int c[4];
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+            : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(fragment[j][0]), "r"(fragment[j][1]), "r"(MAGIC));
         float* v = value[tile * STEPS + step][j];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -589,7 +592,7 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
       }
     }
   }
-  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, norm, value);
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, value);
 }
 
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
@@ -622,19 +625,11 @@ __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, con
 #endif
 }
 
-// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows. A warp owns one rotation block of every
-// gridDim.y-th strip of 16 rows and loads the next strip's codes while it works on one.
-extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
-    tqw_dequantize(const __grid_constant__ Params p) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int k = (blockIdx.x * 4 + warp) * BLOCK;
-#if X_TYPE != 0
-  __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
-  u8* piece = shared[warp];
-#endif
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  if (k >= IN_PADDED) return;
+// One warp: block k of every gridDim.y-th strip of 16 rows. The next strip's codes load while it works on one.
+// BY_ROWS: 16-bit results go through `piece`, swizzled, so that rows are written side by side, 16 bytes a lane.
+template <bool BY_ROWS>
+__device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* piece) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   Unit units[BLOCK_TILES];
   auto fetch = [&](int first) {
     i64 from[2];
@@ -652,20 +647,20 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
 #pragma unroll
   for (int j = 0; j < 4; j++)
     fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
-#if SCALED
+#if SCALED  // a, with the normalisation of H
+  const float norm = !ROTATE ? 1.f : BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
   float a[BLOCK_STEPS][8];
 #pragma unroll
-  for (int s = 0; s < BLOCK_STEPS; s++) channel_scales(p, k + s / STEPS * TILE + t * LANE + s % STEPS * 8, a[s]);
-#endif
-#if ROTATE
-  const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
-#else
-  const float norm = 1.f;
+  for (int s = 0; s < BLOCK_STEPS; s++) {
+    channel_scales(p, k + s / STEPS * TILE + t * LANE + s % STEPS * 8, a[s]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) a[s][i] *= norm;
+  }
 #endif
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
-    dense_pass<0>(units, fragment, norm, value);
+    dense_pass<0>(units, fragment, value);
     if (first + gridDim.y * 16 < p.tokens) fetch(first + gridDim.y * 16);
 #if ROTATE
     // the input bits that number the steps
@@ -696,30 +691,41 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
           v[i] *= a[s][i];
 #endif
         }
-#if X_TYPE != 0
-        if (p.vectors) {  // through shared memory, swizzled, so that rows are written side by side
+        if constexpr (BY_ROWS) {
           int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
           *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
               make_uint4(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]), pack_pair(v[4], v[5]), pack_pair(v[6], v[7]));
-          continue;
+        } else if (first + row < p.tokens) {
+          store_dense(p, first + row, k + within, v);
         }
-#endif
-        if (first + row < p.tokens) store_dense(p, first + row, k + within, v);
       }
     }
-#if X_TYPE != 0
-    if (p.vectors) {
-      constexpr int CHUNKS = BLOCK / 8;  // of a row
+    if constexpr (BY_ROWS) {
+      constexpr int CHUNKS = BLOCK / 8, AT_ONCE = 32 / CHUNKS;  // chunks of a row, rows of a store
+      int chunk = lane % CHUNKS, row = lane / CHUNKS, rows = p.tokens - first;
+      u16* to = (u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8;
       __syncwarp();
+      if (k + chunk * 8 >= p.in) rows = 0;
 #pragma unroll
-      for (int i = 0; i < CHUNKS / 2; i++) {
-        int row = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
+      for (int i = 0; i < 16 / AT_ONCE; i++, row += AT_ONCE) {
         uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
-        if (first + row < p.tokens && k + chunk * 8 < p.in)
-          *(uint4*)((u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8) = q;
+        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in) = q;
       }
       __syncwarp();
     }
-#endif
   }
+}
+
+// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
+extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
+    tqw_dequantize(const __grid_constant__ Params p) {
+  __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
+  int warp = threadIdx.x / 32, k = (blockIdx.x * 4 + warp) * BLOCK;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  if (k >= IN_PADDED) return;
+  if (X_TYPE != 0 && p.vectors)
+    dequantize_block<true>(p, k, shared[warp]);
+  else
+    dequantize_block<false>(p, k, shared[warp]);
 }
