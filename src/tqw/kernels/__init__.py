@@ -111,8 +111,8 @@ def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    return not watched and not torch.jit.is_tracing()
+    watched = torch._C._len_torch_dispatch_stack() or getattr(torch._C, "_functorch").peek_interpreter_stack()
+    return not watched and torch._C._get_tracing_state() is None
 
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
