@@ -34,7 +34,7 @@ GROUP = 128
 
 
 def _integers(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest symmetric int4 in groups: codes 0..15 [n, k], scales [n, k / GROUP]; dense ~ (code - 8) scale."""
+    """Nearest symmetric int4 in groups: codes 0..15 [n, k], scales [n, k / GROUP]; dense ~ (code - 8) scale."""
     groups = dense.unflatten(1, (-1, GROUP))
     scales = groups.abs().amax(-1, keepdim=True).float() / 7.5
     codes = (groups / scales + 8).round().clamp(0, 15).to(torch.uint8).flatten(1)
@@ -99,7 +99,8 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
             return
         x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=dense.dtype)
         error = bench.checked_error(prepare.__name__, calls[0](x), functional.linear(x.double(), dense.double()), 0.15)
-        microseconds = bench.graph_microseconds([lambda c=c, x=x: c(x) for c in calls])
+        each = {"peer": [lambda c=c, x=x: c(x) for c in calls]}
+        microseconds = bench.graph_microseconds(each)["peer"]
         yield {
             "device": "cuda", "shape": shape, "tokens": tokens, "method": prepare.__name__, "bits": "4",
             "microseconds": microseconds, "packed_gigabytes_per_second": packed_bytes / microseconds / 1e3,
@@ -143,7 +144,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
                         shape,
                         row["tokens"],
                     )
-            except Exception as error:  # noqa: BLE001: a peer that does not run here is a result, too
+            except Exception as error:  # noqa: BLE001  (a peer that does not run here is a result, too)
                 missing[prepare.__name__] = f"{type(error).__name__}: {str(error)[:300]}"
                 say(f"{prepare.__name__}: {missing[prepare.__name__]}", shape, 0)
             torch.cuda.empty_cache()

@@ -64,8 +64,7 @@ def copies_to_be_cold(nbytes: int) -> int:
     return max(4, -(-_COLD_BYTES // nbytes))
 
 
-def graph_microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
-    """Median over replays of a CUDA graph of all `calls`, for one call."""
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -76,15 +75,22 @@ def graph_microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) ->
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    return graph
+
+
+def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays: int = 15) -> dict[str, float]:
+    """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns."""
+    graphs = {name: _captured(calls) for name, calls in methods.items()}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(replays + 2):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[2:])[replays // 2] * 1e3 / len(calls)
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: sorted(values[2:])[replays // 2] * 1e3 / len(methods[name]) for name, values in times.items()}
 
 
 def eager_microseconds(call: Callable[[], Any]) -> float:
@@ -138,21 +144,21 @@ def bench_shape_cuda(qw: QuantizedWeight, dense: Tensor, tokens: int) -> list[di
     weights = [copy_weight(qw) for _ in range(copies_to_be_cold(qw.nbytes()))]
     dense16 = dense.to(torch.bfloat16)
     dense_copies = [dense16.clone() for _ in range(copies_to_be_cold(dense16.nbytes))]
-    calls: dict[str, list[Callable[[], Tensor]]] = {
+    calls: dict[str, Sequence[Callable[[], Tensor]]] = {
         "tqw": [lambda w=w: kernels.linear(x, w) for w in weights],
         "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in dense_copies],
     }
     sizes = {"tqw": (format_bits(qw.bits), qw.nbytes()), "torch_bfloat16": ("16", dense16.nbytes)}
+    # bfloat16 rounds weights and output to 2^-9
+    errors = {name: checked_error(name, each[0](), exact, 1e-2) for name, each in calls.items()}
     rows = []
-    for name, each in calls.items():
-        error = checked_error(name, each[0](), exact, 1e-2)  # bfloat16 rounds weights and output to 2^-9
-        microseconds = graph_microseconds(each)
+    for name, microseconds in graph_microseconds(calls).items():
         rows.append(
             {
                 "device": "cuda", "shape": f"{out_features}x{in_features}", "tokens": tokens, "method": name,
                 "bits": sizes[name][0], "microseconds": microseconds,
-                "packed_gigabytes_per_second": sizes[name][1] / microseconds / 1e3, "relative_error": error,
-                "eager_microseconds": eager_microseconds(each[0]),
+                "packed_gigabytes_per_second": sizes[name][1] / microseconds / 1e3, "relative_error": errors[name],
+                "eager_microseconds": eager_microseconds(calls[name][0]),
             }
         )  # fmt: skip
     return rows

@@ -111,7 +111,8 @@ def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    watched = torch._C._len_torch_dispatch_stack() or getattr(torch._C, "_functorch").peek_interpreter_stack()
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    watched = torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack()
     return not watched and torch._C._get_tracing_state() is None
 
 

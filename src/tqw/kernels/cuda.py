@@ -386,13 +386,19 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     columns = next((c for c in (16, 32, 64, 128) if c >= tokens), 256)
     if columns == 256 and strips // 2 * -(-tokens // 256) < 0.7 * units:
         columns = 128
-    blocks = -(-tokens // columns)
-    warpgroups = 2 if columns >= 64 and (columns == 256 or strips * blocks >= 0.9 * units) else 1
-    enough = 0.9 * units * {16: 4, 32: 4, 64: 2}.get(columns, 1)  # warpgroups
+    groups = strips * -(-tokens // columns)  # of four warps
     splits = [split for split in (1, 2, 4, 8) if split * 2 <= base.padded_in // 128] or [1]
-    split = next((split for split in splits if strips * blocks * split >= enough), splits[-1])
-    stages = 3 if columns * warpgroups >= 256 else 4
-    return replace(base, columns=columns, warpgroups=warpgroups, split=split, stages=stages)
+    if columns >= 128:  # one CTA fills a multiprocessor: two groups share T(x) when that leaves enough CTAs
+        warpgroups = 2 if columns == 256 or groups >= 0.9 * units else 1
+        least = units * (0.9 if warpgroups == 1 else 0.7)
+        enough = [split for split in splits if groups // warpgroups * split >= least]
+    else:  # several CTAs hide each other's waits; two groups in one where that makes about 1.5 CTAs
+        paired = [split for split in splits if 1.25 * units <= groups // 2 * split <= 1.75 * units]
+        warpgroups = 2 if paired else 1
+        enough = paired or [split for split in splits if groups * split >= units * (1.8 if columns == 64 else 3.6)]
+    split = enough[0] if enough else splits[-1]
+    crowded = columns * warpgroups >= 256 or (columns == 128 and groups * split > units)
+    return replace(base, columns=columns, warpgroups=warpgroups, split=split, stages=3 if crowded else 4)
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
@@ -439,11 +445,11 @@ class _Ready:
             or params.channel % 8
             or (self.in_features % 8 and self.in_features < self.padded)
         )
-        planes = plane_scale = None  # alive until the launch
+        scratch = None  # T(x), alive until the launch
         if plan.plane_bytes:
-            planes = torch.empty(plan.plane_bytes, dtype=torch.uint8, device=x.device)
-            plane_scale = torch.empty(plan.scale_count, dtype=torch.float32, device=x.device)
-            params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
+            scratch = torch.empty(plan.plane_bytes + 4 * plan.scale_count, dtype=torch.uint8, device=x.device)
+            params.planes = scratch.data_ptr()
+            params.plane_scale = params.planes + plan.plane_bytes
         for launch in plan.launches:
             launch(params)
 
