@@ -21,13 +21,15 @@ def make(out_features: int, in_features: int, **settings) -> QuantizedWeight:
 
 def check(y: torch.Tensor, x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
     """Few tokens: inputs are rounded to 2^-16 of their tile's largest, at most |T(x)| of the tile, so by Cauchy-Schwarz
-    the error of random sign is below 2^-13 |x| |w|. Many tokens: dense weights are rounded to the dtype, 2 u |x| |w|.
+    the error is below 2^-13 |x| |w|. Dozens to hundreds: T(x) and V are rounded to fp16, 2^-12 each, so 2^-11 |x| |w|.
+    More: dense weights are rounded to the dtype, 2 u |x| |w|.
     """
     dense = dequantize(qw).double()
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     magnitude = x.double().norm(dim=-1, keepdim=True) * dense.norm(dim=-1)
     unit = ROUND_OFF[x.dtype]
-    bound = 2 * unit * exact.abs() + (2.0**-13 + 2 * unit) * magnitude
+    rounded = 2.0**-11 if 16 < magnitude.shape[0] <= 320 else 2.0**-13
+    bound = 2 * unit * exact.abs() + (rounded + 2 * unit) * magnitude
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     assert ((y.double() - exact).abs() <= bound).all()
@@ -37,7 +39,7 @@ def check(y: torch.Tensor, x: torch.Tensor, qw: QuantizedWeight, bias: torch.Ten
 @needs_gpu
 @pytest.mark.parametrize("in_features", [576, 100, 11008])
 @pytest.mark.parametrize("out_features", [1, 17])
-@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 512])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130, 512])
 @pytest.mark.parametrize("dtype", list(ROUND_OFF))
 def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype):
     qw = make(out_features, in_features)
@@ -86,7 +88,7 @@ def test_graph_capture_and_embedding():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_compiles_without_a_gpu(arch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings is not installed")
-    variant = cuda.Variant((3, 4), 64, 128, True, True, 1, column_tiles=2, fused=False)
+    variant = cuda.Variant((3, 4), 256, 64, 64, 128, True, True, 1, column_tiles=2, fused=False)
     assert cuda.compile_source(variant.source(), arch)[:4] == b"\x7fELF"
 
 

@@ -1,9 +1,13 @@
-"""Times of the linear op against torch's own, with the measured read bandwidth as the limit: `tqw bench`."""
+"""Times of the linear op against torch's own, with the measured read bandwidth as the limit: `tqw bench`.
+
+On a GPU a time is that of one call inside a CUDA graph over copies of the weight that do not fit in the L2 cache, as
+in a model whose layers follow each other; `eager_microseconds` is the wall time of a call from Python, nothing hidden.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tqw import kernels
-from tqw.config import QuantConfig, parse_bits
+from tqw.config import QuantConfig, format_bits, parse_bits
 from tqw.errors import TqwError
 from tqw.peers import CPU_PEERS
 from tqw.weight import QuantizedWeight, dequantize, quantize
@@ -22,6 +26,8 @@ DEFAULT_SHAPES = ("576x576", "1536x576", "576x1536", "1024x1024", "3072x1024", "
 _SECONDS, _LEAST_RUNS, _TURN = 0.3, 5, 8
 _COLD_BYTES, _MOST_COPIES = 96 << 20, 32
 _BANDWIDTH_BYTES = 256 << 20
+_COLD_GPU_BYTES = 220_000_000  # several times any L2 cache
+_EAGER_CALLS = 300
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -69,6 +75,52 @@ def _interleaved_medians(calls: dict[str, list[Callable[[], Any]]], device: torc
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
+def copies_to_be_cold(nbytes: int) -> int:
+    """How many weights of `nbytes` the L2 cache surely does not hold."""
+    return max(4, -(-_COLD_GPU_BYTES // nbytes))
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays: int = 15) -> dict[str, float]:
+    """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns."""
+    graphs = {name: _captured(calls) for name, calls in methods.items()}
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(replays + 2):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: sorted(values[2:])[replays // 2] * 1e3 / len(methods[name]) for name, values in times.items()}
+
+
+def eager_microseconds(call: Callable[[], Any]) -> float:
+    """Wall time of a call from Python, of many in a row: the larger of what the host and the GPU need."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_EAGER_CALLS):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / _EAGER_CALLS * 1e6
+
+
 def read_bandwidth(device: torch.device) -> float:
     """Gigabytes per second that a sum over 256 MiB of int64 reads: the best of 5."""
     data = torch.ones(_BANDWIDTH_BYTES // 8, dtype=torch.int64, device=device)
@@ -84,6 +136,48 @@ def read_bandwidth(device: torch.device) -> float:
 
 def _relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
+
+
+def checked_error(name: str, y: Tensor, exact: Tensor, limit: float) -> float:
+    """The relative error of a result that is about to be timed; raises when it is above `limit`."""
+    error = _relative_error(y, exact)
+    if not error <= limit:
+        raise TqwError(f"expected {name} within {limit} of float64, got {error:.2e}: not timing wrong results")
+    return error
+
+
+def copy_weight(qw: QuantizedWeight) -> QuantizedWeight:
+    """The same weight in its own memory."""
+    packed, scales = (tuple(t.clone() for t in group) for group in (qw.packed, qw.weight_scale))
+    return replace(qw, packed=packed, weight_scale=scales)
+
+
+def bench_shape_cuda(qw: QuantizedWeight, dense: Tensor, tokens: int) -> list[dict[str, Any]]:
+    """Rows of tqw and bfloat16 cuBLAS on a GPU, for activations in bfloat16."""
+    out_features, in_features = dense.shape
+    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(qw.device, torch.bfloat16)
+    exact = functional.linear(x.double(), dense.double())
+    weights = [copy_weight(qw) for _ in range(copies_to_be_cold(qw.nbytes()))]
+    dense16 = dense.to(torch.bfloat16)
+    dense_copies = [dense16.clone() for _ in range(copies_to_be_cold(dense16.nbytes))]
+    calls: dict[str, Sequence[Callable[[], Tensor]]] = {
+        "tqw": [lambda w=w: kernels.linear(x, w) for w in weights],
+        "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in dense_copies],
+    }
+    sizes = {"tqw": (format_bits(qw.bits), qw.nbytes()), "torch_bfloat16": ("16", dense16.nbytes)}
+    # bfloat16 rounds weights and output to 2^-9
+    errors = {name: checked_error(name, each[0](), exact, 1e-2) for name, each in calls.items()}
+    rows = []
+    for name, microseconds in graph_microseconds(calls).items():
+        rows.append(
+            {
+                "device": "cuda", "shape": f"{out_features}x{in_features}", "tokens": tokens, "method": name,
+                "bits": sizes[name][0], "microseconds": microseconds,
+                "packed_gigabytes_per_second": sizes[name][1] / microseconds / 1e3, "relative_error": errors[name],
+                "eager_microseconds": eager_microseconds(calls[name][0]),
+            }
+        )  # fmt: skip
+    return rows
 
 
 @dataclass(frozen=True)
@@ -110,13 +204,13 @@ def _quantized_by(qw: QuantizedWeight) -> Callable[[Tensor], Tensor]:
     return lambda x: kernels.linear(x, qw)
 
 
-def methods(qw: QuantizedWeight, dense: Tensor, with_peers: bool = True) -> list[Method]:
-    """tqw, torch and, on the CPU, every installed peer that can do this shape."""
+def methods(qw: QuantizedWeight, dense: Tensor) -> list[Method]:
+    """tqw, torch and every installed peer that can do this shape."""
     count, size = _copies(qw.nbytes()), dense.numel()
     found = [
         Method(
             "tqw",
-            [_quantized_by(_clone(qw)) for _ in range(count)],
+            [_quantized_by(copy_weight(qw)) for _ in range(count)],
             torch.float32,
             qw.nbytes(),
             qw.bits_per_weight(),
@@ -127,7 +221,7 @@ def methods(qw: QuantizedWeight, dense: Tensor, with_peers: bool = True) -> list
         weight = dense.to(dtype)
         clones = [_linear_by(weight.clone()) for _ in range(_copies(weight.nbytes))]
         found.append(Method(name, clones, dtype, weight.nbytes, 8 * weight.element_size(), limit))
-    if with_peers and dense.device.type == "cpu":
+    if dense.device.type == "cpu":
         for name, (make, dtype) in CPU_PEERS.items():
             try:
                 made = [make(dense) for _ in range(_copies(size // 2))]
@@ -138,12 +232,6 @@ def methods(qw: QuantizedWeight, dense: Tensor, with_peers: bool = True) -> list
     return found
 
 
-def _clone(qw: QuantizedWeight) -> QuantizedWeight:
-    return replace(
-        qw, packed=tuple(t.clone() for t in qw.packed), weight_scale=tuple(t.clone() for t in qw.weight_scale)
-    )
-
-
 def bench_shape(ways: list[Method], dense: Tensor, tokens: int) -> list[dict[str, Any]]:
     """One row for each method; results are checked against float64 before any timing."""
     out_features, in_features = dense.shape
@@ -151,12 +239,7 @@ def bench_shape(ways: list[Method], dense: Tensor, tokens: int) -> list[dict[str
     exact = functional.linear(x.double(), dense.double())
     errors = {}
     for way in ways:
-        errors[way.name] = _relative_error(way.calls[0](x.to(way.dtype)), exact)
-        if not errors[way.name] <= way.limit:
-            raise TqwError(
-                f"expected {way.name} within {way.limit} of float64 on {out_features}x{in_features}, {tokens} tokens, "
-                f"got {errors[way.name]:.2e}: not timing wrong results"
-            )
+        errors[way.name] = checked_error(way.name, way.calls[0](x.to(way.dtype)), exact, way.limit)
     inputs = {way.name: x.to(way.dtype) for way in ways}
     calls = {way.name: [partial(call, inputs[way.name]) for call in way.calls] for way in ways}
     medians = _interleaved_medians(calls, dense.device)
@@ -200,9 +283,9 @@ def bench(
         weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) * 0.02
         qw = quantize(weight.to(target), config)
         dense = dequantize(qw)
-        ways = methods(qw, dense)
+        ways = methods(qw, dense) if target.type != "cuda" else []
         for count in tokens:
-            rows += bench_shape(ways, dense, count)
+            rows += bench_shape(ways, dense, count) if ways else bench_shape_cuda(qw, dense, count)
     if on_row is not None:
         for row in rows:
             on_row(row)

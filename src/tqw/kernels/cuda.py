@@ -30,11 +30,11 @@ from tqw.errors import TqwError
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_DECODE_TOKENS = 32  # one launch of the decode kernel
-_FUSED_TOKENS = 4  # up to here every block transforms x itself
-_DENSE_TOKENS = 192  # from here on dequantize + cuBLAS wins (H100)
+_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_MIDDLE_TOKENS = 320  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
+_FUSED_INPUTS = 8192  # tokens * inputs up to here: every block transforms x itself
+_DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
-_WARPS, _STAGES = 16, 4
 
 
 class _Params(ctypes.Structure):
@@ -55,12 +55,8 @@ class _Params(ctypes.Structure):
         ("tokens", ctypes.c_int),
         ("out", ctypes.c_int),
         ("in_", ctypes.c_int),
-        ("in_padded", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("group_shift", ctypes.c_int),
-        ("groups", ctypes.c_int),
         ("vectors", ctypes.c_int),
-        ("id_limit", ctypes.c_int),
+        ("batch", ctypes.c_int),
     ]
 
 
@@ -69,6 +65,8 @@ class Variant:
     """The macros of linear.cu: one compiled module for each value."""
 
     bits: tuple[int, ...]
+    padded_in: int
+    group: int
     tile: int
     block: int
     rotate: bool
@@ -76,35 +74,58 @@ class Variant:
     x_type: int
     column_tiles: int = 1
     fused: bool = True
-    split: int = 1
-    warps: int = _WARPS
-    stages: int = _STAGES
+    warps: int = 16
+    depth: int = 2
     min_ctas: int = 1
+    columns: int = 0  # of middle.cu; 0: not part of the module
+    warpgroups: int = 1
+    split: int = 1
+    stages: int = 4
 
     def source(self) -> str:
         macros = {
-            "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "TILE": self.tile, "BLOCK": self.block,
-            "ROTATE": int(self.rotate), "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles,
-            "FUSED": int(self.fused), "SPLIT": self.split, "WARPS": self.warps, "STAGES": self.stages,
-            "MIN_CTAS": self.min_ctas,
+            "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
+            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
+            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "WARPS": self.warps, "DEPTH": self.depth, "MIN_CTAS": self.min_ctas,
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
-        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source()
+        files = ["linear.cu"]
+        if self.columns:
+            macros |= {
+                "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "SPLIT": self.split, "STAGES": self.stages,
+                **_wgmma(self.columns),
+            }  # fmt: skip
+            files.append("middle.cu")
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
-    def shared_bytes(self, tokens: int, padded_in: int) -> int:
-        """Dynamic shared memory of the decode kernel: ring, warp sums, exchange, planes, plane scales."""
-        outputs = 64 * self.column_tiles
-        slot = 64 * (self.tile // 4) * sum(self.bits) // 8 + 64 * len(self.bits)
-        widest = -(-padded_in // self.block // self.split) * self.block
-        sums = (2 if self.column_tiles <= 2 else 1) * self.warps * outputs * 4
-        exchange = 2 * outputs * 4 if self.split > 1 else 0
-        planes = 2 * tokens * (widest + 16) + 4 * tokens * (widest // self.tile)
-        return self.stages * self.warps * slot + sums + exchange + planes
+    def shared_bytes(self, tokens: int, batch: int) -> int:
+        """Dynamic shared memory of the decode kernel: warp sums, planes, plane scales."""
+        sums = 2 * batch * self.warps * 16 * tokens * 4
+        return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
+
+    def ring_bytes(self) -> int:
+        """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers."""
+        return max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4) + 16 * self.stages
 
 
-@lru_cache(maxsize=1)
-def _source() -> str:
-    return resources.files("tqw.kernels").joinpath("linear.cu").read_text()
+def _wgmma(columns: int) -> dict[str, str]:
+    """Macros of the wgmma for 64 rows and `columns` tokens, A in registers, which names each of its accumulators."""
+    count = columns // 2
+    sums = ",".join(f"%{i}" for i in range(count))
+    a = ",".join(f"%{count + i}" for i in range(4))
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;"
+    )
+    return {
+        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}\\n"',
+        "WGMMA_SUMS": ",".join(f'"+f"(d[{i}])' for i in range(count)),
+    }
+
+
+@lru_cache(maxsize=2)
+def _source(name: str) -> str:
+    return resources.files("tqw.kernels").joinpath(name).read_text()
 
 
 # ------------------------------------------------------------------------------------------------ compile and cache
@@ -189,7 +210,7 @@ def _device(index: int) -> _Device:
     major, minor = properties.major, properties.minor
     return _Device(
         index,
-        f"sm_{major}{minor}",
+        f"sm_{major}{minor}" + "a" * (major == 9),  # "a": wgmma
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         major >= 9,
@@ -207,7 +228,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
         try:
             module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
             function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name == "tqw_decode":
+            if name in ("tqw_decode", "tqw_middle"):
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -215,29 +236,50 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
     return function
 
 
-def _launch(
-    function: Any, grid: tuple[int, int], threads: int, shared: int, params: _Params, device: _Device, split: int = 1
-) -> None:
+@lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream: int, overlap: bool) -> Any:
+    """The driver's description of a launch, made once: to make one takes longer than to launch."""
     driver = import_module("cuda.bindings.driver")
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared
-    config.hStream = torch.cuda.current_stream(device.index).cuda_stream
+    config.sharedMemBytes, config.hStream = shared, stream
     attributes = []
-    if device.clusters:
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        overlap.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(overlap)
+    if overlap:
+        programmatic = driver.CUlaunchAttribute()
+        programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        programmatic.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(programmatic)
     if split > 1:
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = split, 1, 1
         attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
+    return config
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> Any:
+    return import_module("cuda.bindings.driver").cuLaunchKernelEx
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One kernel and its grid, ready to go."""
+
+    function: Any
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    device: _Device
+    split: int = 1
+
+    def __call__(self, params: _Params) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
+        pointers = ctypes.c_void_p(ctypes.addressof(params))
+        _checked(_launcher()(config, self.function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 
 
 # ---------------------------------------------------------------------------------------------------------- the op
@@ -284,78 +326,147 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
-    return Variant(qw.bits, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype])
+    return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype])
 
 
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     """Everything that the weight decides; in_features: of the x that the kernel reads (padded for `qr`)."""
-    padded, group = qw.padded_in, qw.group_size
-    params = _Params(
-        out=qw.out_features, in_=in_features, in_padded=padded, group=group, groups=padded // group,
-        group_shift=31 if group == padded else group.bit_length() - 1, channel=qw.channel_scale[0].data_ptr(),
-    )  # fmt: skip
+    params = _Params(out=qw.out_features, in_=in_features, channel=qw.channel_scale[0].data_ptr())
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         params.packed[index], params.scale[index] = packed.data_ptr(), scale.data_ptr()
     return params
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    variant: Variant, tokens: int, out: int, padded_in: int, device: _Device
-) -> tuple[Variant, int, float] | None:
-    """The fastest variant that fits and its grid, by a model of one CTA's time (H100 constants); None: none fits."""
-    column_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= tokens)
-    variant = replace(variant, column_tiles=column_tiles, fused=tokens <= _FUSED_TOKENS)
-    strips, bits = -(-out // 16), sum(variant.bits)
-    best: tuple[float, Variant, int] | None = None
-    for split in (1, 2, 4, 8) if device.clusters else (1,):
-        candidate = replace(variant, split=split)
-        if candidate.shared_bytes(tokens, padded_in) > device.shared_bytes or padded_in // variant.block < split:
-            continue
-        columns = max(1, device.multiprocessors // split - (split > 2))  # clusters of 4 leave some units unused
-        columns = min(columns, strips)
-        rounds = -(-strips // columns)
-        weights = rounds * 16 * padded_in / split * bits / 8 / 23.5  # ns at 23.5 bytes per ns and multiprocessor
-        inputs = 2 * tokens * padded_in / split / 45
-        # a cluster's barrier stalls its copies: 3000 ns a strip were measured
-        cost = weights + inputs + (rounds + 1) * (100 if split == 1 else 3000)
-        if best is None or cost < best[0]:
-            best = cost, candidate, columns * split
-    return None if best is None else (best[1], best[2], best[0])
+@dataclass(frozen=True)
+class _Plan:
+    """How a kernel of this file takes so many tokens: what it needs for T(x), and its launches."""
+
+    plane_bytes: int
+    scale_count: int
+    launches: tuple[_Launch, ...]
+    batch: int = 1
 
 
-@lru_cache(maxsize=4096)
-def _chunk(variant: Variant, tokens: int, out: int, padded_in: int, device: _Device) -> int | None:
-    """Tokens of one launch: the cheapest of 32, 16, 8, 4 by the model of `_plan`; None: nothing fits."""
-    costs = {}
-    for chunk in (32, 16, 8, 4):
-        plan = _plan(variant, min(chunk, tokens), out, padded_in, device)
-        if plan is not None:
-            costs[chunk] = -(-tokens // chunk) * (plan[2] + 2500)  # ns of launch and latency
-    return min(costs, key=lambda chunk: costs[chunk]) if costs else None
+def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) -> int | None:
+    """The most strips for one barrier that `limit` bytes of shared memory allow; None: not even one."""
+    batches = range(min(8, -(-strips // grid)), 0, -1)
+    return next((batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit), None)
 
 
-def _few(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None, variant: Variant, grid: int) -> None:
-    """y = T(x) V^T + b for at most 32 rows of x."""
-    device = _device(x.device.index)
-    tokens, padded = x.shape[0], qw.padded_in
-    params = _params(qw, x.shape[1])
-    params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), tokens
-    params.bias = None if bias is None else bias.data_ptr()
-    size = x.element_size()
-    params.vectors = not (
-        params.x % 16 or x.stride(0) * size % 16 or params.channel % 8 or (x.shape[1] % 8 and x.shape[1] < padded)
+def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+    """The decode kernel for at most 32 tokens; None: the transformed tokens do not fit."""
+    tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
+    grid = min(strips, device.multiprocessors)
+    warps = next(w for w in (16, 8, 4, 2, 1) if w <= tiles)
+    deep = -(-strips // grid) * tiles // warps > 6 and bits <= 4
+    variant = replace(
+        base,
+        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
+        fused=tokens * base.padded_in <= _FUSED_INPUTS,
+        warps=warps,
+        depth=4 if deep else 2 if bits <= 8 else 1,
     )
-    planes = plane_scale = None  # alive until the launch
-    if not variant.fused:
-        planes = torch.empty(2 * tokens * padded, dtype=torch.uint8, device=x.device)
-        plane_scale = torch.empty(tokens * padded // variant.tile, dtype=torch.float32, device=x.device)
-        params.planes, params.plane_scale = planes.data_ptr(), plane_scale.data_ptr()
-        warps = -(-padded // 256) * tokens
-        _launch(_function(variant, "tqw_transform", device), (-(-warps // 8), 1), 256, 0, params, device)
-    shared = variant.shared_bytes(tokens, padded)
-    function = _function(variant, "tqw_decode", device)
-    _launch(function, (grid, 1), variant.warps * 32, shared, params, device, variant.split)
+    batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
+    if batch is None:
+        return None
+    shared = variant.shared_bytes(tokens, batch)
+    decode = _Launch(_function(variant, "tqw_decode", device), (grid, 1), 32 * warps, shared, device)
+    if variant.fused:
+        return _Plan(0, 0, (decode,), batch)
+    items = -(-base.padded_in // 256) * tokens
+    transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
+    return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
+
+
+def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
+    """The variant of middle.cu that fills the GPU with the least re-reading of T(x); None: not for this GPU or tile."""
+    if not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    strips, units = -(-out // 64), device.multiprocessors
+    columns = next((c for c in (16, 32, 64, 128) if c >= tokens), 256)
+    if columns == 256 and strips // 2 * -(-tokens // 256) < 0.7 * units:
+        columns = 128
+    groups = strips * -(-tokens // columns)  # of four warps
+    splits = [split for split in (1, 2, 4, 8) if split * 2 <= base.padded_in // 128] or [1]
+    if columns >= 128:  # one CTA fills a multiprocessor: two groups share T(x) when that leaves enough CTAs
+        warpgroups = 2 if columns == 256 or groups >= 0.9 * units else 1
+        least = units * (0.9 if warpgroups == 1 else 0.7)
+        enough = [split for split in splits if groups // warpgroups * split >= least]
+    else:  # several CTAs hide each other's waits; two groups in one where that makes about 1.5 CTAs
+        paired = [split for split in splits if 1.25 * units <= groups // 2 * split <= 1.75 * units]
+        warpgroups = 2 if paired else 1
+        enough = paired or [split for split in splits if groups * split >= units * (1.8 if columns == 64 else 3.6)]
+    split = enough[0] if enough else splits[-1]
+    crowded = columns * warpgroups >= 256 or (columns == 128 and groups * split > units)
+    return replace(base, columns=columns, warpgroups=warpgroups, split=split, stages=3 if crowded else 4)
+
+
+def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
+    blocks = -(-tokens // variant.columns)
+    grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
+    spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
+    function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
+    product = _Launch(function, grid, threads, variant.ring_bytes(), device, variant.split)
+    return _Plan(2 * blocks * variant.columns * variant.padded_in, tokens, (spread, product))
+
+
+@lru_cache(maxsize=4096)
+def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+    """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
+    if tokens <= _DECODE_TOKENS:
+        plan = _decode_plan(base, tokens, out, device)
+        if plan is not None:
+            return plan
+    variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None
+    return None if variant is None else _middle_plan(variant, tokens, out, device)
+
+
+class _Ready:
+    """What all calls on one weight share: the parameters that it decides, and a plan for each number of tokens."""
+
+    def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
+        self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
+        self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
+        self.size, self.plans = dtype.itemsize, {}
+
+    def plan(self, tokens: int) -> _Plan | None:
+        if tokens not in self.plans:
+            self.plans[tokens] = _plan(self.base, tokens, self.out, self.device)
+        return self.plans[tokens]
+
+    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, plan: _Plan) -> None:
+        """y = T(x) V^T + b for [tokens, in] -> [tokens, out]."""
+        params = _Params.from_buffer_copy(self.params)  # threads share self
+        params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
+        params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
+        params.vectors = not (
+            params.x % 16
+            or params.x_stride * self.size % 16
+            or params.channel % 8
+            or (self.in_features % 8 and self.in_features < self.padded)
+        )
+        scratch = None  # T(x), alive until the launch
+        if plan.plane_bytes:
+            scratch = torch.empty(plan.plane_bytes + 4 * plan.scale_count, dtype=torch.uint8, device=x.device)
+            params.planes = scratch.data_ptr()
+            params.plane_scale = params.planes + plan.plane_bytes
+        for launch in plan.launches:
+            launch(params)
+
+
+_READY: dict[tuple, _Ready] = {}
+
+
+def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
+    """The prepared weight. The key holds all that it was made from, so reused memory cannot make it wrong."""
+    tensors = (*qw.packed, *qw.weight_scale, *qw.channel_scale)
+    key = (x.dtype, x.shape[1], x.device.index, qw.rotation, *[(t.data_ptr(), t.shape) for t in tensors])
+    ready = _READY.get(key)
+    if ready is None:
+        if len(_READY) >= 8192:
+            _READY.clear()
+        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[1], _device(x.device.index))
+    return ready
 
 
 def _dense_rows(
@@ -369,7 +480,9 @@ def _dense_rows(
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
     variant = _variant(qw, dtype)
     function = _function(variant, "tqw_dequantize", device)
-    _launch(function, (-(-qw.padded_in // variant.block // 8), -(-rows // 16)), 256, 0, params, device)
+    across = -(-qw.padded_in // variant.block // 4)
+    down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
+    _Launch(function, (across, down), 128, 0, device)(params)
 
 
 def _many(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> None:
@@ -392,19 +505,27 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
     y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
-    if tokens < _DENSE_TOKENS:
-        device, variant = _device(x.device.index), _variant(qw, x.dtype)
-        chunk = _chunk(variant, tokens, qw.out_features, qw.padded_in, device)
-        if chunk is not None:
-            for first in range(0, tokens, chunk):
-                count = min(chunk, tokens - first)
-                plan = _plan(variant, count, qw.out_features, qw.padded_in, device)
-                assert plan is not None, "fewer tokens need less shared memory"
-                rows = slice(first, first + count)
-                _few(x[rows], y[rows], qw, bias, *plan[:2])
-            return y
-    _many(x, y, qw, bias)
+    ready = _ready(qw, x)
+    plan = ready.plan(tokens)
+    if plan is not None:
+        ready.run(x, y, bias, plan)
+        return y
+    chunk = _chunk(ready, tokens) if tokens < _DENSE_TOKENS else None
+    if chunk is None:
+        _many(x, y, qw, bias)
+        return y
+    for first in range(0, tokens, chunk):
+        rows = slice(first, min(first + chunk, tokens))
+        plan = ready.plan(rows.stop - first)
+        assert plan is not None, "fewer tokens need less shared memory"
+        ready.run(x[rows], y[rows], bias, plan)
     return y
+
+
+def _chunk(ready: _Ready, tokens: int) -> int | None:
+    """Tokens of one launch when all do not fit in one: the most that fit, shared out evenly."""
+    chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
+    return chunk and -(-tokens // -(-tokens // chunk))
 
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -415,10 +536,11 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
+    product = _shared_rotation if qw.shares_rotation and qw.rotation != "qr" else _by_pass
+    if torch.cuda.current_device() == x.device.index:  # to set the device costs as much as a launch
+        return product(x, qw, bias).view(shape)
     with torch.cuda.device(x.device):
-        if qw.shares_rotation and qw.rotation != "qr":
-            return _shared_rotation(x, qw, bias).view(shape)
-        return _by_pass(x, qw, bias).view(shape)
+        return product(x, qw, bias).view(shape)
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:

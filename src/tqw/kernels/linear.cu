@@ -16,8 +16,8 @@
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // NT         columns tiles of 4 tokens: 1, 2, 4, 8   FUSED     1: every block transforms x itself
-// SPLIT      CTAs of a cluster that share a strip's inputs (1 below sm_90)
-// WARPS, STAGES   warps of a CTA, depth of its cp.async ring
+// IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
+// WARPS, DEPTH, MIN_CTAS   warps of a CTA, tiles each keeps on their way, CTAs of one multiprocessor
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -37,7 +37,7 @@ struct Params {
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
-  int tokens, out, in, in_padded, group, group_shift, groups, vectors, id_limit;
+  int tokens, out, in, vectors, batch;
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -48,15 +48,6 @@ __host__ __device__ constexpr int plane_width(int bits, int plane) {
   return plane == 0 ? (bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits) : bits == 6 ? 2 : 1;
 }
 __host__ __device__ constexpr int plane_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
-__host__ __device__ constexpr int bits_before(int pass) {
-  int total = 0;
-  for (int i = 0; i < pass; i++) total += WIDTHS[i];
-  return total;
-}
-
-// One ring slot of one warp: for each pass the planes [row half][lane], then 16 words with the rows' scales.
-static constexpr int SLOT_SCALES = 64 * LANE * bits_before(PASSES) / 8;
-static constexpr int SLOT = SLOT_SCALES + 64 * PASSES;
 
 // ---------------------------------------------------------------------------------------------- small instructions
 
@@ -93,27 +84,6 @@ __device__ __forceinline__ void multiply(int* c, const u32* a, u32 b0, u32 b1) {
 }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Copies N bytes (a lane's codes) from global to shared memory without waiting; below 4 bytes there is no such copy.
-template <int N>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  if constexpr (N == 32) {
-    copy_async<16>(to, from);
-    copy_async<16>((u8*)to + 16, (const u8*)from + 16);
-  } else if constexpr (N == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  } else if constexpr (N == 8 || N == 4) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(N) : "memory");
-  } else if constexpr (N == 2) {
-    *(u16*)to = *(const u16*)from;
-  } else {
-    *(u8*)to = *(const u8*)from;
-  }
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 // Programmatic dependent launch: weights are constants, so they are fetched while the kernel before still runs.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -207,13 +177,13 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
 }
 
 // Byte offset within a row of the codes that lane t reads of the tile at input k.
-__device__ __forceinline__ int code_offset(const Params& p, int bits, int plane, int k, int t) {
+__device__ __forceinline__ int code_offset(int bits, int plane, int k, int t) {
   int width = plane_width(bits, plane);
   int lane = t * (LANE * width / 8);
   if (plane_count(bits) == 1) return (k >> 3) * width + lane;  // 32 | k
-  int group = k >> p.group_shift, within = k - group * p.group;
+  int group = k / GROUP, within = k % GROUP;
   int before = plane == 0 ? 0 : plane_width(bits, 0);
-  return group * (p.group / 8) * bits + p.group / 8 * before + (within >> 3) * width + lane;
+  return group * (GROUP / 8) * bits + GROUP / 8 * before + (within >> 3) * width + lane;
 }
 
 template <int BYTES>
@@ -358,65 +328,69 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
 
 // T(x) of many tokens, once for all blocks of the product: one warp for 256 inputs of one token.
 extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
-  int chunks = (p.in_padded + 255) / 256;
+  wait_for_previous_kernel();
+  int chunks = (IN_PADDED + 255) / 256;
   int item = blockIdx.x * 8 + threadIdx.x / 32;
   if (item >= chunks * p.tokens) return;
   int token = item / chunks, k0 = item % chunks * 256;
-  u8* high = p.planes + (i64)(2 * token) * p.in_padded;
-  transform(p, token, k0, p.in_padded, 0, high, high + p.in_padded, p.plane_scale + (i64)token * (p.in_padded / TILE));
+  u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
+  transform(p, token, k0, IN_PADDED, 0, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
 
-template <int I>
-__device__ __forceinline__ void fetch_pass(const Params& p, u8* slot, int row0, int row1, int k, int lane) {
-  constexpr int B = WIDTHS[I];
-  int t = lane & 3;
-  i64 stride = (i64)(p.in_padded >> 3) * B;
+static constexpr int TILES = IN_PADDED / TILE, GROUPS = IN_PADDED / GROUP;
+
+__host__ __device__ constexpr int words_of(int bits, int plane) {
+  return plane < plane_count(bits) ? (LANE * plane_width(bits, plane) + 31) / 32 : 0;
+}
+__host__ __device__ constexpr int words_before(int pass) {
+  int total = 0;
+  for (int i = 0; i < pass; i++) total += words_of(WIDTHS[i], 0) + words_of(WIDTHS[i], 1);
+  return total;
+}
+
+// What one lane holds of one tile of one strip: its codes of rows g and g + 8, and the two scales, of every pass.
+struct Unit {
+  u32 codes[2][words_before(PASSES)];
+  u16 scales[2][PASSES];
+};
+
+template <int BYTES>
+__device__ __forceinline__ void load_stream(u32* words, const u8* from) {
+  if constexpr (BYTES >= 16) {
 #pragma unroll
-  for (int plane = 0; plane < plane_count(B); plane++) {
-    constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-    u8* to = slot + 64 * LANE * bits_before(I) / 8 + plane * 64 * W0;
-    const u8* from = p.packed[I] + code_offset(p, B, plane, k, t);
-    if (plane == 0) {
-      copy_async<W0>(to + lane * W0, from + row0 * stride);
-      copy_async<W0>(to + (32 + lane) * W0, from + row1 * stride);
-    } else if constexpr (plane_count(B) == 2) {
-      copy_async<W1>(to + lane * W1, from + row0 * stride);
-      copy_async<W1>(to + (32 + lane) * W1, from + row1 * stride);
-    }
+    for (int i = 0; i < BYTES / 16; i++)
+      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
+                   : "l"(from + 16 * i));
+  } else {
+    read_words<BYTES>(words, from);
   }
-  if (t < 2) {  // the aligned word that holds this row's fp16 scale; the last word may be half a word
-    i64 index = (i64)(t ? row1 : row0) * p.groups + (k >> p.group_shift);
-    int bytes = (index & ~1ll) + 2 <= (i64)p.out * p.groups ? 4 : 2;
-    u8* to = slot + SLOT_SCALES + 64 * I + 4 * ((lane >> 2) + 8 * t);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
-                 "l"(p.scale[I] + (index & ~1ll)), "r"(bytes)
-                 : "memory");
+}
+
+template <int I>
+__device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0, int row1, int k, int t) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    i64 row = h ? row1 : row0;
+    const u8* codes = p.packed[I] + row * STRIDE;
+    load_stream<W0>(unit.codes[h] + FIRST, codes + code_offset(B, 0, k, t));
+    if constexpr (COUNT == 2) load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0), codes + code_offset(B, 1, k, t));
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(p.scale[I] + row * GROUPS + k / GROUP));
   }
-  if constexpr (I + 1 < PASSES) fetch_pass<I + 1>(p, slot, row0, row1, k, lane);
+  if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
 
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Params& p, const u8* slot, const u8* const* columns,
-                                              const float* x_scale, int row0, int row1, int k, int lane,
+__device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const* columns, const float* x_scale,
                                               float (*total)[2]) {
-  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-  const u8* codes = slot + 64 * LANE * bits_before(I) / 8;
-  u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    read_words<W0>(words[h], codes + (32 * h + lane) * W0);
-    if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + 64 * W0 + (32 * h + lane) * W1);
-  }
-  const u32* scales = (const u32*)(slot + SLOT_SCALES + 64 * I) + (lane >> 2);
-  int group = k >> p.group_shift;
-  float s0 = half_to_float((u16)(scales[0] >> (((row0 * p.groups + group) & 1) * 16)));
-  float s1 = half_to_float((u16)(scales[8] >> (((row1 * p.groups + group) & 1) * 16)));
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
@@ -429,18 +403,19 @@ __device__ __forceinline__ void multiply_pass(const Params& p, const u8* slot, c
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      decode<B>(words[0], extra[0], step + s, a[0], a[2]);
-      decode<B>(words[1], extra[1], step + s, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
   }
+  float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
     total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(p, slot, columns, x_scale, row0, row1, k, lane, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -457,145 +432,112 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
-static constexpr int OUTPUTS = 64 * NT;                          // of one strip: 16 rows, 4 NT tokens
-static constexpr int BUFFERS = NT <= 2 ? 2 : 1;                  // of warp sums: two save a barrier
-static constexpr int RING_BYTES = STAGES * WARPS * SLOT;
-static constexpr int SUM_BYTES = BUFFERS * WARPS * OUTPUTS * 4;
-static constexpr int EXCHANGE_BYTES = SPLIT > 1 ? 2 * OUTPUTS * 4 : 0;
+static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
 
-#if SPLIT > 1
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float read_peer(const float* mine, int rank) {
-  u32 address;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-#endif
-
-// A CTA owns a slice of the inputs (all of them for SPLIT 1) and every (grid / SPLIT)-th strip of 16 rows; its warps
-// take the slice's tiles in turn. The ring of copies runs across strips, so the memory never waits for a barrier.
+// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and leave their sums in shared
+// memory, which one barrier for every p.batch strips adds up (two buffers: no second barrier). Each lane keeps DEPTH
+// tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int rank = blockIdx.x % SPLIT, column_of_grid = blockIdx.x / SPLIT, strip_step = gridDim.x / SPLIT;
-  int blocks = p.in_padded / BLOCK;
-  int k_first = blocks * rank / SPLIT * BLOCK, k_end = blocks * (rank + 1) / SPLIT * BLOCK;
-  int tiles = (k_end - k_first) / TILE;
-  int widest = (blocks + SPLIT - 1) / SPLIT * BLOCK, pitch = widest + 16;  // 16: two columns share no bank
-  u8* ring = shared + warp * SLOT;
-  float* sums = (float*)(shared + RING_BYTES);
-  float* exchange = sums + SUM_BYTES / 4;
-  u8* planes = shared + RING_BYTES + SUM_BYTES + EXCHANGE_BYTES;
-  float* plane_scale = (float*)(planes + 2 * p.tokens * pitch);
-  int scale_pitch = widest / TILE;
+  float* sums = (float*)shared;
+  int outputs = 16 * p.tokens;  // of one strip
+  u8* planes = shared + 2 * p.batch * WARPS * outputs * 4;
+  float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
 
   int strips = (p.out + 15) / 16;
-  int per_strip = tiles > warp ? (tiles - warp + WARPS - 1) / WARPS : 0;
-  int fetch_strip = per_strip ? column_of_grid : strips, fetch_tile = warp, fetch_stage = 0;
-  auto fetch = [&]() {
-    if (fetch_strip < strips) {
-      int row0 = min(fetch_strip * 16 + g, p.out - 1), row1 = min(fetch_strip * 16 + g + 8, p.out - 1);
-      fetch_pass<0>(p, ring + fetch_stage * (WARPS * SLOT), row0, row1, k_first + fetch_tile * TILE, lane);
-      fetch_tile += WARPS;
-      if (fetch_tile >= tiles) fetch_tile = warp, fetch_strip += strip_step;
+  Unit units[DEPTH];
+  int next_strip = blockIdx.x, next_tile = warp;
+  auto fetch = [&](Unit& unit) {
+    if (next_strip < strips) {
+      int row0 = min(next_strip * 16 + g, p.out - 1), row1 = min(next_strip * 16 + g + 8, p.out - 1);
+      load_pass<0>(p, unit, row0, row1, next_tile * TILE, t);
     }
-    commit_copies();
-    fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
+    next_tile += WARPS;
+    if (next_tile >= TILES) next_tile = warp, next_strip += gridDim.x;
   };
-#pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) fetch();
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++) fetch(units[i]);
   allow_next_kernel();
   wait_for_previous_kernel();
 
 #if FUSED
-  int chunks = (k_end - k_first + 255) / 256;
+  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
 #pragma unroll 1
-  for (int item = warp; item < chunks * p.tokens; item += WARPS) {
-    int token = item / chunks;
-    u8* high = planes + 2 * token * pitch;
-    transform(p, token, k_first + item % chunks * 256, k_end, k_first, high, high + pitch,
-              plane_scale + token * scale_pitch);
+  for (int item = warp; item < CHUNKS * p.tokens; item += WARPS) {
+    int token = item / CHUNKS;
+    u8* high = planes + 2 * token * PITCH;
+    transform(p, token, item % CHUNKS * 256, IN_PADDED, 0, high, high + PITCH, plane_scale + token * TILES);
   }
 #else
-  int pieces = (k_end - k_first) / 16;
+  constexpr int PIECES = IN_PADDED / 16;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < pieces * 2 * p.tokens; i += WARPS * 32) {
-    int column = i / pieces, piece = i % pieces;
-    *(uint4*)(planes + column * pitch + 16 * piece) =
-        *(const uint4*)(p.planes + (i64)column * p.in_padded + k_first + 16 * piece);
-  }
-  for (int i = threadIdx.x; i < tiles * p.tokens; i += WARPS * 32) {
-    int token = i / tiles, tile = i % tiles;
-    plane_scale[token * scale_pitch + tile] =
-        p.plane_scale[(i64)token * (p.in_padded / TILE) + k_first / TILE + tile];
-  }
+  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
+    *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
+  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
 #endif
   __syncthreads();
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
   const float* x_scales[NT];
+  float total[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * pitch + t * LANE;
-    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * scale_pitch;
+    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE;
+    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES;
+    total[n][0] = total[n][1] = 0.f;
   }
-  int stage = 0, buffer = 0;
-#pragma unroll 1
-  for (int strip = column_of_grid; strip < strips; strip += strip_step) {
-    int row0 = min(strip * 16 + g, p.out - 1), row1 = min(strip * 16 + g + 8, p.out - 1);
-    float total[NT][2];
+  int strip = blockIdx.x, tile = warp, buffer = 0, pending = 0;
+  auto work = [&](Unit& unit) {  // one tile; false after the last
+    const u8* at[NT];
+    float x_scale[NT];
 #pragma unroll
-    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
-#pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += WARPS) {
-      wait_copies<STAGES - 2>();
-      __syncwarp();
-      fetch();  // into the slot that the warp finished before this barrier
-      const u8* at[NT];
-      float x_scale[NT];
-#pragma unroll
-      for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
-      multiply_pass<0>(p, ring + stage * (WARPS * SLOT), at, x_scale, row0, row1, k_first + tile * TILE, lane, total);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-    }
-    float* sum = sums + buffer * WARPS * OUTPUTS;
+    for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
+    multiply_pass<0>(unit, at, x_scale, total);
+    fetch(unit);
+    tile += WARPS;
+    if (tile < TILES) return true;
+    float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      sum[warp * OUTPUTS + (4 * n + t) * 16 + g] = total[n][0];
-      sum[warp * OUTPUTS + (4 * n + t) * 16 + g + 8] = total[n][1];
+      if (4 * n + t < p.tokens) {
+        sum[(4 * n + t) * 16] = total[n][0];
+        sum[(4 * n + t) * 16 + 8] = total[n][1];
+      }
+      total[n][0] = total[n][1] = 0.f;
     }
-    __syncthreads();
-    float value = 0.f;
-    if (threadIdx.x < 16 * p.tokens) {
+    tile = warp;
+    pending++;
+    bool more = strip + pending * gridDim.x < strips;
+    if (pending == p.batch || !more) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
+        const float* from = sums + (buffer * p.batch + i / outputs) * WARPS * outputs + i % outputs;
+        int row = (strip + i / outputs * gridDim.x) * 16 + i % 16;
+        float value = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) value += sum[w * OUTPUTS + threadIdx.x];
+        for (int w = 0; w < WARPS; w++) value += from[w * outputs];
+        if (row < p.out) store_output(p, i % outputs / 16, row, value);
+      }
+      buffer ^= 1;
+      strip += pending * gridDim.x;
+      pending = 0;
     }
-    int token = threadIdx.x / 16, row = strip * 16 + threadIdx.x % 16;
-#if SPLIT > 1
-    float* mine = exchange + (strip - column_of_grid) / strip_step % 2 * OUTPUTS;
-    if (threadIdx.x < 16 * p.tokens) mine[threadIdx.x] = value;
-    cluster_barrier();
-    if (threadIdx.x < 16 * p.tokens && threadIdx.x / 16 % SPLIT == rank && row < p.out) {
-      value = 0.f;
-#pragma unroll
-      for (int r = 0; r < SPLIT; r++) value += read_peer(mine + threadIdx.x, r);
-      store_output(p, token, row, value);
-    }
-#else
-    if (threadIdx.x < 16 * p.tokens && row < p.out) store_output(p, token, row, value);
-    if (BUFFERS == 1) __syncthreads();
+    return more;
+  };
+  while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
+    if (!work(units[0])) return;
+#if DEPTH > 1
+    if (!work(units[1])) return;
 #endif
-    if (BUFFERS == 2) buffer ^= 1;
+#if DEPTH > 2
+    if (!work(units[2])) return;
+#endif
+#if DEPTH > 3
+    if (!work(units[3])) return;
+#endif
   }
-  wait_copies<0>();
-#if SPLIT > 1
-  cluster_barrier();  // no CTA leaves while another still reads its sums
-#endif
 }
 
 // ----------------------------------------------------------------------------------------- dense = (V H) * a, by rows
@@ -617,43 +559,50 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
   return word;
 }
 
-static constexpr int BLOCK_STEPS = BLOCK / 32;
+static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
+// value += weight_scale * levels H32 of one block's tiles.
 template <int I>
-__device__ __forceinline__ void dense_pass(const Params& p, i64 row0, i64 row1, int k, int lane,
-                                           const u32 (*fragment)[2], float (*value)[4][4]) {
-  constexpr int B = WIDTHS[I], COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
-  i64 stride = (i64)(p.in_padded >> 3) * B;
+__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
-  for (int tile = 0; tile < BLOCK / TILE; tile++) {
-    int at = k + tile * TILE, group = at >> p.group_shift;
-    u32 words[2][(W0 + 3) / 4], extra[2][(W1 + 3) / 4];
-    float scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      i64 row = h ? row1 : row0;
-      const u8* codes = p.packed[I] + row * stride;
-      read_words<W0>(words[h], codes + code_offset(p, B, 0, at, lane & 3));
-      if constexpr (COUNT == 2) read_words<W1>(extra[h], codes + code_offset(p, B, 1, at, lane & 3));
-      scale[h] = half_to_float(p.scale[I][row * p.groups + group]);
-    }
+  for (int tile = 0; tile < BLOCK_TILES; tile++) {
+    const Unit& unit = units[tile];
+    float scale[2] = {half_to_float(unit.scales[0][I]), half_to_float(unit.scales[1][I])};
+    float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits, fp16 eleven
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
-      decode<B>(words[0], extra[0], step, a[0], a[2]);
-      decode<B>(words[1], extra[1], step, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int c[4] = {0, 0, 0, 0};
-        multiply(c, a, fragment[j][0], fragment[j][1]);
+        int c[4];
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+            : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(fragment[j][0]), "r"(fragment[j][1]), "r"(MAGIC));
         float* v = value[tile * STEPS + step][j];
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = I ? fmaf(scale[i / 2], (float)c[i], v[i]) : scale[i / 2] * (float)c[i];
+        for (int i = 0; i < 4; i++) {
+          float product = fmaf(scale[i / 2], __int_as_float(c[i]), offset[i / 2]);
+          v[i] = I ? v[i] + product : product;
+        }
       }
     }
   }
-  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(p, row0, row1, k, lane, fragment, value);
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, value);
+}
+
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  u32 d;
+#if X_TYPE == 1
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+  return d;
 }
 
 __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
@@ -669,77 +618,114 @@ __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, con
       if (k + i < p.in) y[i] = v[i];
   }
 #else
-  u16 half[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) half[i] = X_TYPE == 1 ? float_to_half(v[i]) : float_to_bfloat(v[i]);
   u16* y = (u16*)p.y + index;
-  if (p.vectors) {
-    *(uint4*)y = make_uint4(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16, half[4] | (u32)half[5] << 16,
-                            half[6] | (u32)half[7] << 16);
-  } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (k + i < p.in) y[i] = half[i];
-  }
+  for (int i = 0; i < 8; i++)
+    if (k + i < p.in) y[i] = X_TYPE == 1 ? float_to_half(v[i]) : float_to_bfloat(v[i]);
 #endif
 }
 
-// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows; one warp for 16 rows of one rotation block.
-extern "C" __global__ void __launch_bounds__(256) tqw_dequantize(const __grid_constant__ Params p) {
+// One warp: block k of every gridDim.y-th strip of 16 rows. The next strip's codes load while it works on one.
+// BY_ROWS: 16-bit results go through `piece`, swizzled, so that rows are written side by side, 16 bytes a lane.
+template <bool BY_ROWS>
+__device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* piece) {
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int k = (blockIdx.x * 8 + threadIdx.x / 32) * BLOCK, first = blockIdx.y * 16;
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  if (k >= p.in_padded) return;
-  i64 to[2], from[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    to[h] = first + g + 8 * h;
-    i64 read = min(to[h], (i64)p.tokens - 1);
-    from[h] = p.ids ? p.ids[read] : p.first_row + read;
-    if (p.ids && (from[h] < 0 || from[h] >= p.out)) __trap();  // as torch's own embedding: a device-side assertion
-  }
-  u32 fragment[4][2];
-#pragma unroll
-  for (int j = 0; j < 4; j++) fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
-  float value[BLOCK_STEPS][4][4];
-  dense_pass<0>(p, from[0], from[1], k, lane, fragment, value);
-#if ROTATE
-  // the input bits that number the steps
-#pragma unroll
-  for (int bit = 1; bit < BLOCK_STEPS; bit *= 2) {
-#pragma unroll
-    for (int s = 0; s < BLOCK_STEPS; s++) {
-      if (s & bit) continue;
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        float a = value[s][i / 4][i % 4], b = value[s | bit][i / 4][i % 4];
-        value[s][i / 4][i % 4] = a + b, value[s | bit][i / 4][i % 4] = a - b;
-      }
-    }
-  }
-  const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
-#else
-  const float norm = 1.f;
-#endif
-#pragma unroll
-  for (int s = 0; s < BLOCK_STEPS; s++) {
-    int at = k + s / STEPS * TILE + t * LANE + s % STEPS * 8;
-    float a[8];
-#if SCALED
-    channel_scales(p, at, a);
-#endif
+  Unit units[BLOCK_TILES];
+  auto fetch = [&](int first) {
+    i64 from[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float v[8];
+      i64 read = min(first + g + 8 * h, p.tokens - 1);
+      from[h] = p.ids ? p.ids[read] : p.first_row + read;
+      if (p.ids && (from[h] < 0 || from[h] >= p.out)) __trap();  // as torch's own embedding: a device-side assertion
+    }
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        v[i] = value[s][i / 2][2 * h + i % 2] * norm;
-#if SCALED
-        v[i] *= a[i];
+    for (int i = 0; i < BLOCK_TILES; i++) load_pass<0>(p, units[i], (int)from[0], (int)from[1], k + i * TILE, t);
+  };
+  fetch(blockIdx.y * 16);
+  u32 fragment[4][2];
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    fragment[j][0] = hadamard_fragment(j, lane, 0), fragment[j][1] = hadamard_fragment(j, lane, 1);
+#if SCALED  // a, with the normalisation of H
+  const float norm = !ROTATE ? 1.f : BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
+  float a[BLOCK_STEPS][8];
+#pragma unroll
+  for (int s = 0; s < BLOCK_STEPS; s++) {
+    channel_scales(p, k + s / STEPS * TILE + t * LANE + s % STEPS * 8, a[s]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) a[s][i] *= norm;
+  }
 #endif
+#pragma unroll 1
+  for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
+    float value[BLOCK_STEPS][4][4];
+    dense_pass<0>(units, fragment, value);
+    if (first + gridDim.y * 16 < p.tokens) fetch(first + gridDim.y * 16);
+#if ROTATE
+    // the input bits that number the steps
+#pragma unroll
+    for (int bit = 1; bit < BLOCK_STEPS; bit *= 2) {
+#pragma unroll
+      for (int s = 0; s < BLOCK_STEPS; s++) {
+        if (s & bit) continue;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          float low = value[s][i / 4][i % 4], high = value[s | bit][i / 4][i % 4];
+          value[s][i / 4][i % 4] = low + high, value[s | bit][i / 4][i % 4] = low - high;
+        }
       }
-      if (to[h] < p.tokens) store_dense(p, to[h], at, v);
+    }
+#endif
+#pragma unroll
+    for (int s = 0; s < BLOCK_STEPS; s++) {
+      int within = s / STEPS * TILE + t * LANE + s % STEPS * 8;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        int row = g + 8 * h;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          v[i] = value[s][i / 2][2 * h + i % 2];
+#if SCALED
+          v[i] *= a[s][i];
+#endif
+        }
+        if constexpr (BY_ROWS) {
+          int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
+          *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
+              make_uint4(pack_pair(v[0], v[1]), pack_pair(v[2], v[3]), pack_pair(v[4], v[5]), pack_pair(v[6], v[7]));
+        } else if (first + row < p.tokens) {
+          store_dense(p, first + row, k + within, v);
+        }
+      }
+    }
+    if constexpr (BY_ROWS) {
+      constexpr int CHUNKS = BLOCK / 8, AT_ONCE = 32 / CHUNKS;  // chunks of a row, rows of a store
+      int chunk = lane % CHUNKS, row = lane / CHUNKS, rows = p.tokens - first;
+      u16* to = (u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8;
+      __syncwarp();
+      if (k + chunk * 8 >= p.in) rows = 0;
+#pragma unroll
+      for (int i = 0; i < 16 / AT_ONCE; i++, row += AT_ONCE) {
+        uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
+        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in) = q;
+      }
+      __syncwarp();
     }
   }
+}
+
+// y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
+extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
+    tqw_dequantize(const __grid_constant__ Params p) {
+  __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
+  int warp = threadIdx.x / 32, k = (blockIdx.x * 4 + warp) * BLOCK;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  if (k >= IN_PADDED) return;
+  if (X_TYPE != 0 && p.vectors)
+    dequantize_block<true>(p, k, shared[warp]);
+  else
+    dequantize_block<false>(p, k, shared[warp]);
 }

@@ -1,0 +1,192 @@
+"""The linear op on a GPU against other 4-bit kernels, in one run: results/gpu_linear.json and a picture.
+
+    python benchmarks/gpu.py [-o benchmarks/results/gpu_linear]
+
+Every peer that is installed quantizes the same dense weight its own way and is checked against float64 before it is
+timed as `tqw bench --device cuda` times: inside a CUDA graph, over copies that do not fit in the L2 cache. The rotation
+of tqw is part of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tqw import bench
+from tqw.config import QuantConfig
+from tqw.report import document
+from tqw.weight import dequantize, quantize
+
+SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+PEER_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048)
+PEER_SECONDS = 40  # for one peer and shape: some tune themselves for minutes
+GROUP = 128
+
+
+def _integers(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest symmetric int4 in groups: codes 0..15 [n, k], scales [n, k / GROUP]; dense ~ (code - 8) scale."""
+    groups = dense.unflatten(1, (-1, GROUP))
+    scales = groups.abs().amax(-1, keepdim=True).float() / 7.5
+    codes = (groups / scales + 8).round().clamp(0, 15).to(torch.uint8).flatten(1)
+    return codes, scales.squeeze(-1)
+
+
+def tinygemm(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    codes, scales = _integers(dense)
+    packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    both = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).to(dense.dtype).contiguous()
+    return lambda x: torch._weight_int4pack_mm(x, packed, GROUP, both)
+
+
+def bitsandbytes_nf4(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    import bitsandbytes
+
+    codes, state = bitsandbytes.functional.quantize_4bit(dense, quant_type="nf4", blocksize=64)
+    return lambda x: bitsandbytes.matmul_4bit(x, codes.t(), state)
+
+
+def gemlite(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    from gemlite.helper import A16W4_HQQ_INT
+
+    codes, scales = _integers(dense)
+    zeros = torch.full_like(scales, 8.0)
+    layer = A16W4_HQQ_INT(device="cuda", dtype=dense.dtype).from_weights(
+        codes, scales.reshape(-1, 1).to(dense.dtype), zeros.reshape(-1, 1).to(dense.dtype)
+    )
+    return layer.forward
+
+
+def torchao_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    layer = nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(dense, requires_grad=False)
+    quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
+    return layer
+
+
+def humming_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    from humming.layer import HummingLayer
+
+    config = {"dtype": "int4", "group_size": GROUP}
+    layer = HummingLayer(shape_n=dense.shape[0], shape_k=dense.shape[1], weight_config=config, torch_dtype=dense.dtype)
+    layer = layer.cuda()
+    layer.load_from_unquantized(dense)
+    layer.transform()
+    return layer
+
+
+PEERS = (tinygemm, bitsandbytes_nf4, torchao_int4, humming_int4, gemlite)
+
+
+def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[str, Any]]:
+    """One row for each number of tokens, until PEER_SECONDS are over."""
+    began = time.perf_counter()
+    packed_bytes = dense.numel() * (0.5 + 2 / GROUP)
+    calls = [prepare(dense) for _ in range(bench.copies_to_be_cold(int(packed_bytes)))]
+    for tokens in PEER_TOKENS:
+        if time.perf_counter() - began > PEER_SECONDS:
+            return
+        x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=dense.dtype)
+        error = bench.checked_error(prepare.__name__, calls[0](x), functional.linear(x.double(), dense.double()), 0.15)
+        each = {"peer": [lambda c=c, x=x: c(x) for c in calls]}
+        microseconds = bench.graph_microseconds(each)["peer"]
+        yield {
+            "device": "cuda", "shape": shape, "tokens": tokens, "method": prepare.__name__, "bits": "4",
+            "microseconds": microseconds, "packed_gigabytes_per_second": packed_bytes / microseconds / 1e3,
+            "relative_error": error, "eager_microseconds": bench.eager_microseconds(lambda x=x: calls[0](x)),
+        }  # fmt: skip
+
+
+@torch.inference_mode()
+def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All rows, and why the peers that are missing are missing."""
+    limit = bench.read_bandwidth(torch.device("cuda"))
+    rows: list[dict[str, Any]] = [
+        {
+            "device": "cuda", "shape": "", "tokens": 0, "method": "read_bandwidth", "bits": "", "microseconds": 0.0,
+            "packed_gigabytes_per_second": limit, "relative_error": 0.0,
+        }
+    ]  # fmt: skip
+    missing: dict[str, str] = {}
+    for shape in SHAPES:
+        out_features, in_features = bench.parse_shape(shape)
+        weight = torch.randn(out_features, in_features, device="cuda") * 0.02
+        qw = quantize(weight, QuantConfig(bits=4))
+        dense = dequantize(qw)
+        for tokens in TOKENS:
+            new = bench.bench_shape_cuda(qw, dense, tokens)
+            rows += new
+            say(
+                " ".join(f"{r['method']} {r['microseconds']:.1f} (eager {r['eager_microseconds']:.0f})" for r in new),
+                shape,
+                tokens,
+            )
+        del dense
+        for prepare in PEERS:
+            if prepare.__name__ in missing:
+                continue
+            try:
+                for row in rows_of_peer(prepare, shape, weight.bfloat16()):
+                    rows.append(row)
+                    say(
+                        f"{prepare.__name__} {row['microseconds']:.1f} error {row['relative_error']:.3f}",
+                        shape,
+                        row["tokens"],
+                    )
+            except Exception as error:  # noqa: BLE001  (a peer that does not run here is a result, too)
+                missing[prepare.__name__] = f"{type(error).__name__}: {str(error)[:300]}"
+                say(f"{prepare.__name__}: {missing[prepare.__name__]}", shape, 0)
+            torch.cuda.empty_cache()
+    return rows, missing
+
+
+def say(text: str, shape: str, tokens: int) -> None:
+    sys.stderr.write(f"{shape} {tokens}: {text}\n")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Microseconds against tokens, one panel for each shape, one line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    for axis, shape in zip(axes.flat, SHAPES, strict=True):
+        here = [row for row in rows if row["shape"] == shape]
+        for method in dict.fromkeys(row["method"] for row in here):
+            points = [(row["tokens"], row["microseconds"]) for row in here if row["method"] == method]
+            style = {"tqw": "o-", "torch_bfloat16": "k--"}.get(method, ".-")
+            axis.plot(*zip(*points, strict=True), style, label=method, linewidth=2.5 if method == "tqw" else 1.2)
+        axis.set(title=shape, xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
+        axis.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"y = x W^T, 4 bits, bf16 activations, {torch.cuda.get_device_name()}, cold L2")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_linear"))
+    output = parser.parse_args().output
+    rows, missing = measure()
+    result = document(rows)
+    result["environment"] |= {"gpu": torch.cuda.get_device_name(), "peers_that_did_not_run": missing}
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Whole decoders on a GPU, bfloat16 against 4 bits: results/gpu_model.json.
+
+    python benchmarks/gpu_model.py [-o benchmarks/results/gpu_model.json]
+
+Random weights in the shapes below; q/k/v and gate/up are one matrix each, in both precisions, as inference engines have
+them. 4-bit: every linear of the layers at 4 bits, embedding and lm_head at 8. Decode: a static cache, one CUDA graph
+for a whole step, argmax included; the elementwise parts are compiled by torch in both. Prefill: eager, 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tqw.config import QuantConfig
+from tqw.layer import QuantizedEmbedding, QuantizedLinear
+from tqw.report import document
+from tqw.weight import quantize
+
+CACHE, START, PROMPT, STEPS = 1024, 512, 2048, 64  # decode begins behind START tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    tied: bool
+
+
+SHAPES = (
+    Shape("Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 128, False),
+    Shape("Qwen3-4B", 151936, 2560, 9728, 36, 32, 8, 128, True),
+)
+
+
+@torch.compile(dynamic=False)
+def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The new residual and its RMS norm."""
+    total = x + residual
+    wide = total.float()
+    return total, (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+@torch.compile(dynamic=False)
+def rope(x: Tensor, positions: Tensor) -> Tensor:
+    """x: [batch, tokens, heads, head]; positions: [tokens]."""
+    half = x.shape[-1] // 2
+    frequency = 5e5 ** (-torch.arange(half, device=x.device) / half)
+    angle = (positions[:, None] * frequency)[:, None]
+    cos, sin, wide = angle.cos(), angle.sin(), x.float()
+    a, b = wide[..., :half], wide[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+@torch.compile(dynamic=False)
+def silu_and_multiply(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+def dense(out_features: int, in_features: int) -> Tensor:
+    return torch.empty(out_features, in_features, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02)
+
+
+def linear(out_features: int, in_features: int, bits: int | None) -> nn.Module:
+    weight = dense(out_features, in_features)
+    if bits:
+        return QuantizedLinear(quantize(weight, QuantConfig(bits=bits, scale="norm")))
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Layer(nn.Module):
+    """One decoder layer with its static cache [batch, kv_heads, CACHE, head]."""
+
+    def __init__(self, shape: Shape, bits: int | None) -> None:
+        super().__init__()
+        self.shape, width = shape, shape.heads * shape.head
+        self.qkv = linear(width + 2 * shape.kv_heads * shape.head, shape.hidden, bits)
+        self.o = linear(shape.hidden, width, bits)
+        self.gate_up = linear(2 * shape.intermediate, shape.hidden, bits)
+        self.down = linear(shape.hidden, shape.intermediate, bits)
+        self.norms = torch.ones(2, shape.hidden, device="cuda", dtype=torch.bfloat16)
+
+    def attend(self, x: Tensor, positions: Tensor, cache: Tensor | None, mask: Tensor | None) -> Tensor:
+        s = self.shape
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, -1, s.head).split([s.heads, s.kv_heads, s.kv_heads], 2)
+        q, k = rope(q, positions).transpose(1, 2), rope(k, positions).transpose(1, 2)
+        if cache is None:
+            y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+        else:  # one token: the query heads that share a key head stand side by side as its queries
+            cache[0].index_copy_(2, positions, k)
+            cache[1].index_copy_(2, positions, v.transpose(1, 2))
+            q = q.reshape(batch, s.kv_heads, -1, s.head)
+            y = functional.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+            y = y.view(batch, s.heads, 1, s.head)
+        return self.o(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def forward(self, x: Tensor, residual: Tensor, positions: Tensor, cache: Tensor | None, mask: Tensor | None):
+        residual, x = add_and_norm(x, residual, self.norms[0])
+        x = self.attend(x, positions, cache, mask)
+        residual, x = add_and_norm(x, residual, self.norms[1])
+        return self.down(silu_and_multiply(self.gate_up(x))), residual
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape: Shape, bits: int | None, edge_bits: int | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(shape, bits) for _ in range(shape.layers))
+        self.head = linear(shape.vocabulary, shape.hidden, edge_bits)
+        table = self.head if shape.tied else linear(shape.vocabulary, shape.hidden, edge_bits)
+        if isinstance(table, QuantizedLinear):
+            self.embedding: nn.Module = QuantizedEmbedding(table.quantized_weight, output_dtype=torch.bfloat16)
+        else:
+            self.embedding = nn.Embedding(1, 1, device="meta")
+            self.embedding.weight = table.weight
+        self.norm = torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)
+
+    def forward(self, ids: Tensor, positions: Tensor, caches: list[Tensor] | None, mask: Tensor | None) -> Tensor:
+        """Logits of the last token: [batch, vocabulary]."""
+        x = self.embedding(ids)
+        residual = torch.zeros_like(x)
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, positions, None if caches is None else caches[i], mask)
+        _, x = add_and_norm(x[:, -1], residual[:, -1], self.norm)
+        return self.head(x)
+
+
+def median_milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[2:])[repeats // 2]
+
+
+def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
+    """One step of all sequences: embedding to argmax, replayed as a CUDA graph that moves on by one token."""
+    size = (2, batch, shape.kv_heads, CACHE, shape.head)
+    caches = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(shape.layers)]
+    ids = torch.randint(0, shape.vocabulary, (batch, 1), device="cuda")
+    position = torch.full((1,), START, device="cuda")
+    places = torch.arange(CACHE, device="cuda")
+
+    def step() -> None:
+        logits = model(ids, position, caches, (places <= position).view(1, 1, 1, -1))
+        ids.copy_(logits.argmax(-1, keepdim=True))
+        position.add_(1)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return median_milliseconds(graph.replay, STEPS)
+
+
+@torch.inference_mode()
+def measure(shape: Shape, bits: int | None) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = Decoder(shape, bits, 8 if bits else None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
+    rows = []
+    ids = torch.randint(0, shape.vocabulary, (1, PROMPT), device="cuda")
+    positions = torch.arange(PROMPT, device="cuda")
+    calls = {
+        "decode, batch 1": (1, lambda: decode_milliseconds(model, shape, 1)),
+        "decode, batch 16": (16, lambda: decode_milliseconds(model, shape, 16)),
+        "prefill, 2048 tokens": (PROMPT, lambda: median_milliseconds(lambda: model(ids, positions, None, None), 9)),
+    }
+    for what, (tokens, call) in calls.items():
+        milliseconds = call()
+        row = {
+            "model": shape.name, "bits": bits or 16, "what": what, "milliseconds": milliseconds,
+            "tokens_per_second": tokens / milliseconds * 1e3, "weight_bytes": weights,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        }  # fmt: skip
+        rows.append(row)
+        sys.stderr.write(f"{row}\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_model.json"))
+    output = parser.parse_args().output
+    rows = [row for shape in SHAPES for bits in (None, 4) for row in measure(shape, bits)]
+    result = document(rows, shapes=[asdict(shape) for shape in SHAPES])
+    result["environment"]["gpu"] = torch.cuda.get_device_name()
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+// y = T(x) V^T + b for tens to hundreds of tokens, on sm_90: appended to linear.cu, whose macros and decoders it uses.
+//
+// Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
+// with weight_scale rounds once); wgmma sums in float32. Decoded weights are the A operand, straight from registers;
+// T(x) is the B operand in shared memory, where each stage is one bulk copy: tqw_spread writes it in that order.
+//
+// A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs; the SPLIT CTAs of a
+// cluster add up through their shared memory in a fixed order.
+//
+// COLUMNS    tokens of a CTA: 16, 32, 64, 128          WARPGROUPS   1, 2
+// SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
+// WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
+
+static_assert(TILE == 128, "a stage is 128 inputs");
+static constexpr int ROWS = 64 * WARPGROUPS, STAGE_BYTES = COLUMNS * TILE * 2, SUM_PITCH = ROWS + 4;
+static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
+                                                                                 : COLUMNS * SUM_PITCH * 4;
+
+// Byte offset, in T(x) as the product reads it, of the chunk that holds inputs k, k + 1 of a token; chunks k + 2, 4, 6
+// follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
+__device__ __forceinline__ i64 spread_offset(int token, int k) {
+  int t = k % TILE / 32, word = k % 32 / 8;
+  return ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) +
+         token % COLUMNS * 128 + t * 4;
+}
+
+// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e.
+extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
+  __shared__ float most_of_warp[8];
+  int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  float most = 0.f;
+  for (int k = threadIdx.x * 8; k < p.in; k += 2048) {
+    float v[8], a[8];
+    load_inputs(p, token * p.x_stride, k, v);
+#if SCALED
+    channel_scales(p, k, a);
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(SCALED ? v[i] * a[i] : v[i]));
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
+  if (lane == 0) most_of_warp[warp] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  // |T(x)| <= sqrt(128) most < 23 * 2^e: below 2^15 after the division
+  float scale = most > 0.f ? __uint_as_float(__float_as_uint(most) & 0x7F800000u) * 0x1p-10f : 1.f;
+  if (!(most < 3e38f)) scale = most - most;  // NaN for NaN and Inf: every output of the token is NaN
+  if (scale < 0x1p-120f) scale = 0x1p-120f;
+  float inverse = 1.f / scale;
+  if (threadIdx.x == 0) p.plane_scale[token] = scale;
+  for (int k0 = warp * 256; k0 < IN_PADDED; k0 += 2048) {
+    int k = k0 + lane * 8;
+    float v[8];
+    load_inputs(p, token * p.x_stride, k, v);
+#if SCALED
+    float a[8];
+    channel_scales(p, k, a);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= a[i];
+#endif
+#if ROTATE
+    hadamard(v, lane);
+#endif
+    if (k >= IN_PADDED) continue;
+    u8* to = p.planes + spread_offset(token, k);
+    int first = 4 * (k % 16 / 8), row = token & 7;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      *(u32*)(to + ((first + i) ^ row) * 16) =
+          float_to_half(v[2 * i] * inverse) | (u32)float_to_half(v[2 * i + 1] * inverse) << 16;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- the instructions
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// K-major B with rows of 128 bytes, 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
+  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ u32 half2_op_subtract(u32 a, u32 b) {
+  u32 d;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// Four int8 levels times a scale (twice in one register): two registers of fp16 pairs.
+__device__ __forceinline__ void to_half(u32 levels, u32 scale, u32& low, u32& high) {
+  u32 biased = levels ^ 0x80808080u;  // 0x6400 | byte is 1024 + byte
+  low = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
+  high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
+}
+
+// A of the four k16 steps of half a tile, for pass I.
+template <int I>
+__device__ __forceinline__ void prepare(const Unit& unit, int half, u32 (*a)[4]) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    u32 scale = unit.scales[h][I] * 0x10001u;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+      u32 low, high;
+      decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, low, high);
+      to_half(low, scale, a[2 * s][h], a[2 * s][h + 2]);
+      to_half(high, scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
+    }
+  }
+}
+
+// Issues half a tile of pass I and of the passes after it; two sets of A take turns, so that decoding the next overlaps.
+template <int I>
+__device__ __forceinline__ void multiply_half(const Unit& unit, int half, u64 b, float* d, u32 (*a)[4][4]) {
+  prepare<I>(unit, half, a[half]);
+  fence_sums();
+#pragma unroll
+  for (int s = 0; s < 4; s++) multiply_async(d, a[half][s], b + 2 * s);
+  commit_products();
+  if constexpr (I + 1 < PASSES) {
+    wait_products<0>();
+    multiply_half<I + 1>(unit, half, b, d, a);
+  }
+}
+
+#if SPLIT > 1
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float read_peer(u32 mine, int rank) {
+  u32 address;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(mine), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 ring[];
+  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, first_token = blockIdx.y * COLUMNS;
+  int begin = TILES * rank / SPLIT, end = TILES * (rank + 1) / SPLIT;
+  int row0 = min(first_row + warp * 16 + g, p.out - 1), row1 = min(first_row + warp * 16 + g + 8, p.out - 1);
+  u32 full = shared_address(ring + RING_BYTES), empty = full + 8 * STAGES, stage0 = shared_address(ring);
+
+  Unit units[2];
+  load_pass<0>(p, units[0], row0, row1, begin * TILE, t);
+  load_pass<0>(p, units[1], row0, row1, min(begin + 1, end - 1) * TILE, t);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * WARPGROUPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const u8* x = p.planes + (i64)blockIdx.y * TILES * STAGE_BYTES;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < STAGES && begin + i < end; i++)
+      copy_bulk(stage0 + i * STAGE_BYTES, x + (i64)(begin + i) * STAGE_BYTES, STAGE_BYTES, full + 8 * i);
+
+  float d[COLUMNS / 2];
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++) d[i] = 0.f;
+  u32 a[2][4][4];
+  int stage = 0, parity = 0, tile = begin;
+  int last_stage = -1, last_parity = 0;  // of the tile before, whose products may still run
+  auto work = [&](Unit& unit) {
+    barrier_wait(full + 8 * stage, parity);
+    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
+    multiply_half<0>(unit, 0, b, d, a);
+    wait_products<1>();  // the tile before is done: refill its stage
+    if (last_stage >= 0) {
+      if (lane == 0) barrier_arrive(empty + 8 * last_stage);
+      int next = tile - 1 + STAGES;
+      if (threadIdx.x == 0 && next < end) {
+        barrier_wait(empty + 8 * last_stage, last_parity);
+        copy_bulk(stage0 + last_stage * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * last_stage);
+      }
+      __syncwarp();
+    }
+    multiply_half<0>(unit, 1, b + COLUMNS * 128 / 16, d, a);
+    wait_products<1>();
+    load_pass<0>(p, unit, row0, row1, min(tile + 2, end - 1) * TILE, t);
+    last_stage = stage, last_parity = parity;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+    return ++tile < end;
+  };
+  while (work(units[0]) && work(units[1])) {
+  }
+  wait_products<0>();
+
+  // Through shared memory, so that rows are written side by side.
+  __syncthreads();
+  float* sums = (float*)ring;
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++)
+    sums[(i / 4 * 8 + 2 * t + i % 2) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = d[i];
+#if SPLIT > 1
+  cluster_barrier();
+#else
+  __syncthreads();
+#endif
+  int tokens = min(COLUMNS, p.tokens - first_token);
+  for (int i = rank * 128 * WARPGROUPS + threadIdx.x; i < tokens * ROWS; i += SPLIT * 128 * WARPGROUPS) {
+    int token = i / ROWS, row = first_row + i % ROWS;
+    if (row >= p.out) continue;
+    float value;
+#if SPLIT > 1
+    u32 at = shared_address(sums + token * SUM_PITCH + i % ROWS);
+    value = 0.f;
+#pragma unroll
+    for (int r = 0; r < SPLIT; r++) value += read_peer(at, r);
+#else
+    value = sums[token * SUM_PITCH + i % ROWS];
+#endif
+    store_output(p, first_token + token, row, value * p.plane_scale[first_token + token]);
+  }
+#if SPLIT > 1
+  cluster_barrier();  // no CTA leaves while another still reads its sums
+#endif
+}
