@@ -23,7 +23,7 @@ from tqw.source import DEMO, find, load_float, load_tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     source = find(DEMO)

@@ -103,3 +103,15 @@ class WordTokenizer:
 
     def save_pretrained(self, folder: Any) -> None:
         """Nothing to save."""
+
+
+@pytest.fixture
+def exact_activations(monkeypatch):
+    """For tests of a model's structure: without the CPU kernels' int8 activations, bounds are tight."""
+    from tqw.kernels import cpu
+
+    monkeypatch.setenv("TQW_CPU_ACTIVATIONS", "float")
+    cpu.settings.cache_clear()
+    yield
+    monkeypatch.undo()
+    cpu.settings.cache_clear()

@@ -13,11 +13,11 @@ from torch import nn
 from tqw.calibrate import input_power
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cpu
 from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import plan_model, quantize_model
 from tqw.weight import quantize
 
+pytestmark = pytest.mark.usefixtures("exact_activations")
 CAUSAL = ["llama", "tied", "odd", "mixtral", "qwen3_moe", "gpt_oss", "gpt2"]
 
 
@@ -25,16 +25,6 @@ def logits(model, ids):
     with torch.no_grad():
         output = model(ids)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
-
-
-@pytest.fixture(autouse=True)
-def exact_activations(monkeypatch):
-    """These tests are about the model's structure: without the CPU kernels' int8 activations, bounds are tight."""
-    monkeypatch.setenv("TQW_CPU_ACTIVATIONS", "float")
-    cpu.settings.cache_clear()
-    yield
-    monkeypatch.undo()
-    cpu.settings.cache_clear()
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "bert"])
