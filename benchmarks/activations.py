@@ -24,6 +24,7 @@ from tqw.source import DEMO, find, load_float, load_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--bits", default="4", help="comma-separated")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     source = find(DEMO)
@@ -33,7 +34,7 @@ def main() -> None:
     reference = reference_log_probabilities(model, ids)
     power = calibration_power(model, tokenizer, "self")
     rows = []
-    for bits in ("4", "5", "6", "8"):
+    for bits in arguments.bits.split(","):
         quantized = copy.deepcopy(model)
         quantize_model(quantized, QuantConfig(bits=bits, group_size=64), input_power=power)
         for activations in ("float", "int8"):
