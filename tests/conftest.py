@@ -42,13 +42,36 @@ def tiny(name: str) -> Any:
         "gpt2": lambda: hf.GPT2Config(
             vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
         ),
+        "qwen3": lambda: hf.Qwen3Config(**common, head_dim=16),
+        "hybrid": lambda: hf.Qwen3_5TextConfig(
+            **common,
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
+        "vlm": lambda: hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=8,
+                projection_dim=32,
+            ),
+            text_config=hf.LlamaConfig(**common),
+            image_token_index=127,
+        ),
         "bert": lambda: hf.BertConfig(
             vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
         ),
     }
     torch.manual_seed(0)
     config = configs[name]()
-    auto = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    auto = {"bert": hf.AutoModel, "vlm": hf.AutoModelForImageTextToText}.get(name, hf.AutoModelForCausalLM)
     model = auto.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():  # the default init is nearly linear; larger weights use every code path
         if parameter.ndim > 1:
@@ -80,3 +103,15 @@ class WordTokenizer:
 
     def save_pretrained(self, folder: Any) -> None:
         """Nothing to save."""
+
+
+@pytest.fixture
+def exact_activations(monkeypatch):
+    """For tests of a model's structure: without the CPU kernels' int8 activations, bounds are tight."""
+    from tqw.kernels import cpu
+
+    monkeypatch.setenv("TQW_CPU_ACTIVATIONS", "float")
+    cpu.settings.cache_clear()
+    yield
+    monkeypatch.undo()
+    cpu.settings.cache_clear()

@@ -17,6 +17,7 @@ from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import plan_model, quantize_model
 from tqw.weight import quantize
 
+pytestmark = pytest.mark.usefixtures("exact_activations")
 CAUSAL = ["llama", "tied", "odd", "mixtral", "qwen3_moe", "gpt_oss", "gpt2"]
 
 

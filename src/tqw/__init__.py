@@ -1,6 +1,7 @@
 """tqw: TurboQuant for LLM weights. See README.md; the equation is in `tqw.weight`.
 
-Names are imported when first used, so that `import tqw` costs nothing and asks no hardware anything.
+Names are imported when first used, so that `import tqw` costs nothing and asks no hardware anything. The one thing that
+it does is to see to it that transformers knows the format as soon as transformers is imported (registration.py).
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tqw.registration import register
+
 if TYPE_CHECKING:
     from tqw.config import QuantConfig
     from tqw.errors import TqwError
-    from tqw.kernels import explain, linear
+    from tqw.integrations.transformers import TransformersConfig
+    from tqw.kernels import dequantize, explain, linear
     from tqw.layer import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
     from tqw.model import quantize_model
     from tqw.pretrained import load, quantize_pretrained, save
-    from tqw.weight import QuantizedWeight, dequantize, merge_passes, quantize
+    from tqw.training import fake_quantize_model, merge_lora
+    from tqw.weight import QuantizedWeight, merge_passes, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,10 +30,13 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "TqwError",
+    "TransformersConfig",
     "dequantize",
     "explain",
+    "fake_quantize_model",
     "linear",
     "load",
+    "merge_lora",
     "merge_passes",
     "quantize",
     "quantize_model",
@@ -38,6 +46,7 @@ __all__ = [
 _HOME = {
     "QuantConfig": "config",
     "TqwError": "errors",
+    "TransformersConfig": "integrations.transformers",
     "explain": "kernels",
     "linear": "kernels",
     "QuantizedEmbedding": "layer",
@@ -48,7 +57,9 @@ _HOME = {
     "quantize_pretrained": "pretrained",
     "save": "pretrained",
     "QuantizedWeight": "weight",
-    "dequantize": "weight",
+    "dequantize": "kernels",
+    "fake_quantize_model": "training",
+    "merge_lora": "training",
     "merge_passes": "weight",
     "quantize": "weight",
 }
@@ -60,6 +71,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"tqw.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+register()
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch.nn import functional
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits, parse_bits
 from tqw.errors import TqwError
+from tqw.peers import CPU_PEERS
 from tqw.weight import QuantizedWeight, dequantize, quantize
 
 DEFAULT_SHAPES = ("576x576", "1536x576", "576x1536", "1024x1024", "3072x1024", "4096x4096")
-_SECONDS, _LEAST_RUNS = 0.4, 5
+_SECONDS, _LEAST_RUNS, _TURN = 0.3, 5, 8
+_COLD_BYTES, _MOST_COPIES = 96 << 20, 32
 _BANDWIDTH_BYTES = 256 << 20
-_COLD_BYTES = 220_000_000  # several times any L2 cache
+_COLD_GPU_BYTES = 220_000_000  # several times any L2 cache
 _EAGER_CALLS = 300
 
 
@@ -43,25 +46,38 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _interleaved_medians(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that a change in the machine's speed meets all."""
-    for call in calls.values():
-        call()
+def _copies(nbytes: int) -> int:
+    """How many copies of a weight keep it out of the caches between two calls, as the rest of a model would."""
+    return max(1, min(_MOST_COPIES, _COLD_BYTES // max(nbytes, 1)))
+
+
+def _interleaved_medians(calls: dict[str, list[Callable[[], Any]]], device: torch.device) -> dict[str, float]:
+    """Median seconds of each method. Methods take turns, so that a change in the machine's speed meets all; a turn is a
+    pause (threads that spin go to sleep), one call that is not counted, and some that are, each on the next copy."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    positions = dict.fromkeys(calls, 0)
     began = time.perf_counter()
     while len(times[next(iter(calls))]) < _LEAST_RUNS or time.perf_counter() - began < _SECONDS * len(calls):
-        for name, call in calls.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            call()
-            _synchronize(device)
-            times[name].append(time.perf_counter() - start)
+        for name, copies in calls.items():
+            time.sleep(0.01)
+            turn_began = time.perf_counter()
+            for run in range(_TURN + 1):
+                call = copies[positions[name] % len(copies)]
+                positions[name] += 1
+                _synchronize(device)
+                start = time.perf_counter()
+                call()
+                _synchronize(device)
+                if run:
+                    times[name].append(time.perf_counter() - start)
+                if run and time.perf_counter() - turn_began > 0.2:
+                    break
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def copies_to_be_cold(nbytes: int) -> int:
     """How many weights of `nbytes` the L2 cache surely does not hold."""
-    return max(4, -(-_COLD_BYTES // nbytes))
+    return max(4, -(-_COLD_GPU_BYTES // nbytes))
 
 
 def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -164,37 +180,81 @@ def bench_shape_cuda(qw: QuantizedWeight, dense: Tensor, tokens: int) -> list[di
     return rows
 
 
-def bench_shape(
-    out_features: int, in_features: int, tokens: int, qw: QuantizedWeight, dense: Tensor, device: torch.device
-) -> list[dict[str, Any]]:
-    """Rows of tqw and its peers for one shape and batch; results are checked against float64 before any timing."""
-    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(device)
+@dataclass(frozen=True)
+class Method:
+    """One way to compute the layer: copies of its call, what it reads, its bits per weight, the error allowed.
+
+    float32 accumulates in_features terms; bfloat16 rounds inputs, weights and output to 2^-9 each; int8 activations add
+    about 1 %; peers round the dense weight to 4 bits themselves.
+    """
+
+    name: str
+    calls: list[Callable[[Tensor], Tensor]]
+    dtype: torch.dtype
+    nbytes: int
+    bits: float
+    limit: float
+
+
+def _linear_by(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: functional.linear(x, weight)
+
+
+def _quantized_by(qw: QuantizedWeight) -> Callable[[Tensor], Tensor]:
+    return lambda x: kernels.linear(x, qw)
+
+
+def methods(qw: QuantizedWeight, dense: Tensor) -> list[Method]:
+    """tqw, torch and every installed peer that can do this shape."""
+    count, size = _copies(qw.nbytes()), dense.numel()
+    found = [
+        Method(
+            "tqw",
+            [_quantized_by(copy_weight(qw)) for _ in range(count)],
+            torch.float32,
+            qw.nbytes(),
+            qw.bits_per_weight(),
+            2e-2,
+        )
+    ]
+    for name, dtype, limit in (("torch_float32", torch.float32, 1e-5), ("torch_bfloat16", torch.bfloat16, 2e-2)):
+        weight = dense.to(dtype)
+        clones = [_linear_by(weight.clone()) for _ in range(_copies(weight.nbytes))]
+        found.append(Method(name, clones, dtype, weight.nbytes, 8 * weight.element_size(), limit))
+    if dense.device.type == "cpu":
+        for name, (make, dtype) in CPU_PEERS.items():
+            try:
+                made = [make(dense) for _ in range(_copies(size // 2))]
+            except (ImportError, OSError, TqwError):
+                continue
+            bits = made[0][1]
+            found.append(Method(name, [call for call, _ in made], dtype, int(size * bits / 8), bits, 0.25))
+    return found
+
+
+def bench_shape(ways: list[Method], dense: Tensor, tokens: int) -> list[dict[str, Any]]:
+    """One row for each method; results are checked against float64 before any timing."""
+    out_features, in_features = dense.shape
+    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(dense.device)
     exact = functional.linear(x.double(), dense.double())
-    half = torch.bfloat16
-    weights = {"torch_float32": dense, "torch_bfloat16": dense.to(half)}
-    x16 = x.to(half)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "tqw": lambda: kernels.linear(x, qw),
-        "torch_float32": lambda: functional.linear(x, weights["torch_float32"]),
-        "torch_bfloat16": lambda: functional.linear(x16, weights["torch_bfloat16"]),
-    }
-    # float32 accumulates in_features terms; bfloat16 rounds inputs, weights and output to 2^-9 each.
-    limits = {"tqw": 1e-2, "torch_float32": 1e-5, "torch_bfloat16": 2e-2}
-    errors = {name: checked_error(name, call(), exact, limits[name]) for name, call in calls.items()}
-    bits = {"tqw": format_bits(qw.bits), "torch_float32": "32", "torch_bfloat16": "16"}
-    sizes = {"tqw": qw.nbytes(), **{name: weight.nbytes for name, weight in weights.items()}}
+    errors = {}
+    for way in ways:
+        errors[way.name] = checked_error(way.name, way.calls[0](x.to(way.dtype)), exact, way.limit)
+    inputs = {way.name: x.to(way.dtype) for way in ways}
+    calls = {way.name: [partial(call, inputs[way.name]) for call in way.calls] for way in ways}
+    medians = _interleaved_medians(calls, dense.device)
     return [
         {
-            "device": device.type,
+            "device": dense.device.type,
             "shape": f"{out_features}x{in_features}",
             "tokens": tokens,
-            "method": name,
-            "bits": bits[name],
-            "microseconds": seconds * 1e6,
-            "packed_gigabytes_per_second": sizes[name] / seconds / 1e9,
-            "relative_error": errors[name],
+            "method": way.name,
+            "bits": format(way.bits, ".4g"),
+            "microseconds": medians[way.name] * 1e6,
+            "packed_gigabytes_per_second": way.nbytes / medians[way.name] / 1e9,
+            "relative_error": errors[way.name],
         }
-        for name, seconds in _interleaved_medians(calls, device).items()
+        for way in ways
     ]
 
 
@@ -223,11 +283,9 @@ def bench(
         weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) * 0.02
         qw = quantize(weight.to(target), config)
         dense = dequantize(qw)
+        ways = methods(qw, dense) if target.type != "cuda" else []
         for count in tokens:
-            if target.type == "cuda":
-                rows += bench_shape_cuda(qw, dense, count)
-            else:
-                rows += bench_shape(out_features, in_features, count, qw, dense, target)
+            rows += bench_shape(ways, dense, count) if ways else bench_shape_cuda(qw, dense, count)
     if on_row is not None:
         for row in rows:
             on_row(row)

@@ -139,6 +139,7 @@ def quantize(
         str, typer.Option(help="Signs of residual passes: shared, different, alternating.")
     ] = "shared",
     scale: Annotated[str, typer.Option(help="search (least squares) or norm (the original recipe).")] = "search",
+    method: Annotated[str, typer.Option(help="rtn, or gptq: error feedback, slower and better.")] = "rtn",
     calibrate: Annotated[str, typer.Option(help="self, random, none, or a text file.")] = "self",
     override: Annotated[list[str], typer.Option(help="REGEX=BITS or REGEX=skip, for modules whose name matches.")] = [],  # noqa: B006
     embedding: Annotated[str | None, typer.Option(help="Bits of the input embedding; kept when absent.")] = None,
@@ -164,8 +165,9 @@ def quantize(
     start = time.perf_counter()
     with _progress() as progress:
         report = quantize_pretrained(
-            model, output, config, calibrate=calibrate, device=device, workers=workers, resume=resume, progress=progress
-        )
+            model, output, config, method=method, calibrate=calibrate, device=device, workers=workers, resume=resume,
+            progress=progress,
+        )  # fmt: skip
     _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)
 

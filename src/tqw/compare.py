@@ -21,7 +21,7 @@ from tqw.errors import TqwError
 from tqw.evaluate import BASELINES, Quality, baseline_weights, evaluate, reference_log_probabilities
 from tqw.footprint import footprint_in_subprocess
 from tqw.model import quantize_model, resolve
-from tqw.pretrained import calibration_power, save
+from tqw.pretrained import calibration_ids, calibration_power, check_method, method_options, save
 from tqw.report import Row
 
 Progress = Callable[[str, int, int], None]
@@ -38,6 +38,7 @@ _OPTIONS = (
     "lm_head",
     "calibrate",
     "exponent",
+    "method",
 )
 _INTEGERS = ("seed", "group_size")
 
@@ -50,12 +51,13 @@ class Recipe:
     config: QuantConfig
     calibrate: str = "self"
     exponent: float = 0.5
+    method: str = "rtn"
 
 
 def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> Recipe:
     """CONFIG -> Recipe; `original` is the published recipe at 4 bits. Raises TqwError with the options that exist."""
     bits, *pairs = (_ORIGINAL_OPTIONS if text == ORIGINAL else text).split(":")
-    options: dict[str, Any] = {"group_size": group_size, "calibrate": calibrate, "exponent": 0.5}
+    options: dict[str, Any] = {"group_size": group_size, "calibrate": calibrate, "exponent": 0.5, "method": "rtn"}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or key not in _OPTIONS:
@@ -64,8 +66,9 @@ def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> R
             options[key] = int(value) if key in _INTEGERS else float(value) if key == "exponent" else value
         except ValueError:
             raise TqwError(f"expected a number for {key} in {text!r}, got {value!r}") from None
-    calibrate, exponent = options.pop("calibrate"), options.pop("exponent")
-    return Recipe(text, QuantConfig(bits=bits, **options), calibrate, exponent)  # type: ignore[arg-type]
+    calibrate, exponent, method = options.pop("calibrate"), options.pop("exponent"), options.pop("method")
+    check_method(method, calibrate)
+    return Recipe(text, QuantConfig(bits=bits, **options), calibrate, exponent, method)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -80,13 +83,15 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._powers: dict[str, dict[str, Tensor]] = {}
+        self._statistics: dict[tuple[str, str], tuple[Tensor | None, dict[str, Tensor]]] = {}
         self._reference = reference_log_probabilities(self.model, self.ids, self.progress)
 
-    def _power(self, calibrate: str) -> dict[str, Tensor]:
-        if calibrate not in self._powers:
-            self._powers[calibrate] = calibration_power(self.model, self.tokenizer, calibrate, self.progress)
-        return self._powers[calibrate]
+    def _calibrate(self, calibrate: str, method: str) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """(sequences, input power), once for each kind."""
+        if (calibrate, method) not in self._statistics:
+            ids = calibration_ids(self.model, self.tokenizer, calibrate, method, self.progress)
+            self._statistics[calibrate, method] = ids, calibration_power(self.model, ids, self.progress)
+        return self._statistics[calibrate, method]
 
     def _add(self, row: Row, quality: Quality) -> Row:
         row.perplexity = quality.perplexity
@@ -117,12 +122,11 @@ class Comparison:
 
     def recipe_row(self, recipe: Recipe, keep: Path | None = None) -> Row:
         """Quantize a copy, save it (to `keep`, or to a temporary place), evaluate it, measure its footprint."""
-        power = self._power(recipe.calibrate)
+        ids, power = self._calibrate(recipe.calibrate, recipe.method)
         model = copy.deepcopy(self.model)
         start = time.perf_counter()
-        report = quantize_model(
-            model, recipe.config, input_power=power or None, exponent=recipe.exponent, progress=self.progress
-        )
+        options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids)}
+        report = quantize_model(model, recipe.config, input_power=power or None, progress=self.progress, **options)
         seconds = time.perf_counter() - start
         row = Row(recipe.label, report.bits_per_weight(), 0, report.relative_mse(), quantize_seconds=seconds)
         with tempfile.TemporaryDirectory() as temporary:

@@ -6,7 +6,8 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits
-from tqw.weight import QuantizedWeight, dequantize, quantize
+from tqw.shared_input import SharedInput
+from tqw.weight import QuantizedWeight, quantize
 
 ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
 
@@ -64,6 +66,17 @@ def attached(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWei
     return QuantizedWeight(tuple(packed), tuple(scales), tuple(channel_scales), rotation, matrix)
 
 
+def kept_weight(module: nn.Module, rotation: str) -> QuantizedWeight:
+    """`attached`, made once and kept until a parameter is replaced: it costs more than a small layer on the CPU."""
+    if torch.compiler.is_compiling():
+        return attached(module, rotation)
+    parameters = tuple(module._parameters.values())
+    kept = module.__dict__.get("_kept_weight")
+    if kept is None or len(kept[0]) != len(parameters) or not all(map(operator.is_, kept[0], parameters)):
+        kept = module.__dict__["_kept_weight"] = parameters, attached(module, rotation)
+    return kept[1]
+
+
 def _describe(qw: QuantizedWeight) -> str:
     return f"bits={format_bits(qw.bits)}, group_size={qw.group_size}, rotation={qw.rotation}"
 
@@ -95,7 +108,7 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer that this one computes."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        dense.weight = nn.Parameter(kernels.dequantize(self.quantized_weight, dtype), requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return dense
@@ -103,13 +116,46 @@ class QuantizedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
+
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.linear(input, attached(self, self.rotation), self.bias)
+        shared = self.__dict__.get("_shared_input")
+        if shared is not None and kernels.plain_eager(input, self.bias):
+            output = shared.output(self, input)
+            if output is not None:
+                return output
+        return kernels.linear(input, kept_weight(self, self.rotation), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
             self.quantized_weight
         )
+
+
+def keeping_format(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `Module._apply`, but stored scales and matrices only change their device, never their dtype."""
+    stored = {id(p) for name, p in module._parameters.items() if name.endswith(("scale", ROTATION_MATRIX))}
+
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        changed = id(tensor) in stored and result.dtype != tensor.dtype
+        return tensor.to(result.device) if changed else result
+
+    return apply
+
+
+def weight_of(layer: nn.Module) -> QuantizedWeight:
+    """The kept weight of a quantized linear layer."""
+    assert isinstance(layer, QuantizedLinear), "families consist of quantized linear layers"
+    return kept_weight(layer, layer.rotation)
+
+
+def share_input(layers: Sequence[QuantizedLinear]) -> None:
+    """Let layers that read the same input be computed together."""
+    shared = SharedInput(layers, weight_of)
+    for layer in layers:
+        layer.__dict__["_shared_input"] = shared
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -132,14 +178,17 @@ class QuantizedEmbedding(nn.Embedding):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """The dense layer that this one computes."""
-        table = nn.Parameter(dequantize(self.quantized_weight, dtype), requires_grad=False)
+        table = nn.Parameter(kernels.dequantize(self.quantized_weight, dtype), requires_grad=False)
         return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table, _freeze=True)
 
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
+
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.embedding(input, attached(self, self.rotation), self.output_dtype)
+        return kernels.embedding(input, kept_weight(self, self.rotation), self.output_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, " + _describe(self.quantized_weight)
@@ -201,6 +250,9 @@ class QuantizedExperts(nn.Module):
             self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         for name, weight in weights.items():
             attach(self, weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_format(self, fn), recurse)
 
     def _apply_gate(self, projected: Tensor) -> Tensor:
         return self.experts_class._apply_gate(self, projected)  # type: ignore[attr-defined]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from tqw.config import SKIP, QuantConfig, block_size, format_bits, parse_bits
 from tqw.errors import TqwError
+from tqw.gptq import quantize_with_feedback
+from tqw.kernels.cpu import MAX_FAMILY
 from tqw.layer import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -25,6 +27,7 @@ from tqw.layer import (
     expert_projections,
     expert_weight,
     is_fused_experts,
+    share_input,
 )
 from tqw.rotation import qr_matrix
 from tqw.scaling import activation_scale
@@ -235,7 +238,7 @@ def _by_input(model: nn.Module, decisions: list[Decision]) -> dict[str, list[Dec
         key = decision.name
         if decision.kind in ("linear", "conv1d"):
             (weight,) = dense_weights(model.get_submodule(decision.name), decision.kind).values()
-            key = f"{_input_name(decision.name)}[{weight.shape[-1]}]"
+            key = f"{input_name(decision.name)}[{weight.shape[-1]}]"
         groups.setdefault(key, []).append(decision)
     return groups
 
@@ -254,13 +257,24 @@ def frozen_bits(config: QuantConfig, name: str, kind: str) -> tuple[int, ...] | 
     return _default_bits(config, kind)
 
 
-def _input_name(name: str) -> str:
+def input_name(name: str) -> str:
     """The same string for sibling layers that read the same input."""
     parent, _, leaf = name.rpartition(".")
     for group in SHARED_INPUTS:
         if leaf in group:
             return f"{parent}.{'|'.join(group)}"
     return name
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the quantized siblings that read the same input be computed together (see shared_input.py)."""
+    families: dict[str, list[QuantizedLinear]] = {}
+    for name, module in model.named_modules():
+        if type(module) is QuantizedLinear:
+            families.setdefault(f"{input_name(name)}[{module.in_features}]", []).append(module)
+    for layers in families.values():
+        if 1 < len(layers) <= MAX_FAMILY:
+            share_input(layers)
 
 
 def dense_weights(module: nn.Module, kind: str) -> dict[str, Tensor]:
@@ -328,14 +342,17 @@ def quantize_model(
     exponent: float = 0.5,
     workers: int = 1,
     progress: Progress | None = None,
+    moments: Callable[[str], Tensor | None] | None = None,
     on_module: Callable[[str, nn.Module, list[TensorRecord]], None] | None = None,
     done: Mapping[str, list[TensorRecord]] | None = None,
 ) -> QuantizationReport:
     """Replace the linears of `model` by quantized ones, in place, module by module.
 
     input_power: E x_j^2 of what each weight multiplies, by the weight's name in the state dict, from
-    `tqw.calibrate.input_power`; None quantizes without channel scales. on_module(name, module, records) is
-    called in model order as soon as a module is final; modules named in `done` are left dense and reported as given.
+    `tqw.calibrate.input_power`; None quantizes without channel scales. moments(module name): E[x x^T] of its input,
+    [in, in], asked for in model order (tqw.moments); layers that have one are coded with error feedback.
+    on_module(name, module, records) is called in model order as soon as a module is final; modules named in `done`
+    are left dense and reported as given.
     Raises TqwError, naming the weight, for what cannot be quantized; modules already replaced stay replaced.
     """
     config, decisions = resolve(model, config or QuantConfig(), select)
@@ -349,8 +366,10 @@ def quantize_model(
     done = done or {}
     for records in done.values():
         account.quantized(records)
-    job = _Job(model, config, input_power or {}, exponent, matrix_source(config), decisions)
+    job = _Job(model, config, input_power or {}, exponent, matrix_source(config), decisions, moments)
     pending = [d for d in decisions if d.bits and d.name != tied_head and d.name not in done]
+    if moments is not None and workers > 1:
+        raise TqwError(f"expected workers=1 with moments, which follow the layers in order, got {workers}")
     for count, (decision, replacement, records) in enumerate(_run(job, pending, workers), 1):
         model.set_submodule(decision.name, replacement)
         account.quantized(records)
@@ -361,6 +380,7 @@ def quantize_model(
     embedding = _embedding_of(model, "input")
     if tied_head is not None and isinstance(embedding, QuantizedEmbedding):
         model.set_submodule(tied_head, QuantizedLinear(embedding.quantized_weight))
+    share_inputs(model)
     return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 
 
@@ -387,6 +407,7 @@ class _Job:
     exponent: float
     matrix: Callable[[int], Tensor | None]
     decisions: list[Decision]
+    moments: Callable[[str], Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
@@ -414,11 +435,15 @@ class _Job:
         assert decision.bits is not None
         config = self.config.with_bits(decision.bits)
         weights, records = {}, []
+        moment = self.moments(decision.name) if self.moments and decision.kind in ("linear", "conv1d") else None
         for prefix, dense in dense_weights(module, decision.kind).items():
             name = _tensor_name(decision.name, prefix)
             matrix = self.matrix(dense.shape[-1])
             with _named(name):
-                weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
+                if moment is None:
+                    weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
+                else:
+                    weights[prefix] = quantize_with_feedback(dense, moment, config, self.scales[name], matrix)
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
 

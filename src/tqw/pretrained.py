@@ -18,14 +18,27 @@ from tqw import calibrate as calibration
 from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
+from tqw.kernels import dequantize
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from tqw.model import QuantizationReport, Select, TensorRecord, empty_model_, kind_of, plan_model, quantize_model
+from tqw.model import (
+    QuantizationReport,
+    Select,
+    TensorRecord,
+    empty_model_,
+    kind_of,
+    plan_model,
+    quantize_model,
+    share_inputs,
+)
+from tqw.moments import LayerMoments
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
-from tqw.weight import dequantize
 
 Progress = Callable[[str, int, int], None]
-_STORED_MATRIX = "tqw_rotation_matrix"
-_POWER = "input_power"
+STORED_MATRIX = "tqw_rotation_matrix"
+_POWER, _IDS = "input_power", "calibration_ids"
+METHODS = ("rtn", "gptq")
+GPTQ_EXPONENT = 0.25
+_GPTQ_SEQUENCES, _GPTQ_LENGTH = 32, 256
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".py")
 _WRITTEN_HERE = ("config.json", "generation_config.json", "README.md", REPORT)
 _QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
@@ -42,6 +55,7 @@ def quantize_pretrained(
     out: str | Path,
     config: QuantConfig | None = None,
     *,
+    method: str = "rtn",
     calibrate: str = "self",
     select: Select | None = None,
     dtype: torch.dtype | str = "auto",
@@ -53,20 +67,25 @@ def quantize_pretrained(
 ) -> QuantizationReport:
     """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
 
-    calibrate: self | random | none | a text file. A run that stops leaves `out`.partial, which resume=True continues;
-    `out` appears only when it is complete.
+    method: rtn codes each weight by itself; gptq lets later columns make up for the errors of earlier ones, layer
+    after layer: slower, better, the same format. calibrate: self | random | none | a text file. A run that stops
+    leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
+    check_method(method, calibrate)
     config, out = config or QuantConfig(), Path(out)
     source = find(name)
     if is_quantized(source):
         raise TqwError(f"expected a float model, but {name} is quantized already: use the original, or `tqw export` it")
-    settings = [source.fingerprint(), config.to_dict(), calibrate, str(dtype), shard_bytes, _version()]
+    settings = [source.fingerprint(), config.to_dict(), method, calibrate, str(dtype), shard_bytes, _version()]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     with CheckpointWriter(out, fingerprint, resume=resume, shard_bytes=shard_bytes) as writer:
         model, tokenizer = load_float(source, dtype, device), load_tokenizer(source)
         if source.gguf and name != DEMO:
             warnings.warn("GGUF weights are quantized already: their loss adds to ours", stacklevel=2)
-        power = writer.cached(_POWER, lambda: calibration_power(model, tokenizer, calibrate, progress))
+        ids = writer.cached(_IDS, lambda: _present(calibration_ids(model, tokenizer, calibrate, method, progress))).get(
+            _IDS
+        )
+        power = writer.cached(_POWER, lambda: calibration_power(model, ids, progress))
 
         def write(module_name: str, module: nn.Module, records: list[TensorRecord]) -> None:
             tensors = {key: t for key, t in stored_tensors(module_name, module).items() if not writer.has(key)}
@@ -80,12 +99,21 @@ def quantize_pretrained(
             workers=workers,
             progress=progress,
             on_module=write,
-            done={key: [TensorRecord(**record) for record in records] for key, records in writer.done.items()},
+            done=_done(writer) if method == "rtn" else None,  # gptq needs the layers before: it computes them again
+            **method_options(method, model, ids),
         )
         _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, source, calibrate)
         writer.commit()
     return report
+
+
+def _present(ids: Tensor | None) -> dict[str, Tensor]:
+    return {} if ids is None else {_IDS: ids}
+
+
+def _done(writer: CheckpointWriter) -> dict[str, list[TensorRecord]]:
+    return {key: [TensorRecord(**record) for record in records] for key, records in writer.done.items()}
 
 
 def save(
@@ -104,27 +132,47 @@ def save(
         writer.commit()
 
 
-def calibration_power(
-    model: nn.Module, tokenizer: Any, how: str, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Channel statistics by `--calibrate`: self | random | none (empty) | a text file.
+def calibration_ids(
+    model: nn.Module, tokenizer: Any, how: str, method: str = "rtn", progress: Progress | None = None
+) -> Tensor | None:
+    """Sequences by `--calibrate`: self | random | none (None) | a text file. gptq sees more of them than rtn.
 
     Models that cannot generate text take random tokens for `self`.
     """
+    size = (calibration.SEQUENCES, calibration.LENGTH) if method == "rtn" else (_GPTQ_SEQUENCES, _GPTQ_LENGTH)
     if how == "none":
-        return {}
+        return None
     if how == "self" and getattr(model, "can_generate", lambda: False)():
-        ids = calibration.self_generated(model, tokenizer, progress=progress)
-    elif how in ("self", "random"):
-        ids = calibration.random_sequences(model, tokenizer)
-    elif not Path(how).is_file():
+        return calibration.self_generated(model, tokenizer, *size, progress=progress)
+    if how in ("self", "random"):
+        return calibration.random_sequences(model, tokenizer, *size)
+    if not Path(how).is_file():
         raise TqwError(f"expected --calibrate self, random, none or a text file, got {how!r}")
-    elif tokenizer is None:
+    if tokenizer is None:
         raise TqwError("expected a model with a tokenizer to calibrate on a text: use --calibrate self or random")
-    else:
-        ids = calibration.text_sequences(model, tokenizer, read_text(Path(how)))
-    device = next(model.parameters()).device
-    return calibration.input_power(model, ids.to(device).split(4), progress=progress)
+    return calibration.text_sequences(model, tokenizer, read_text(Path(how)))
+
+
+def calibration_power(model: nn.Module, ids: Tensor | None, progress: Progress | None = None) -> dict[str, Tensor]:
+    """E x_j^2 of every weight's input on the sequences; empty without them."""
+    if ids is None:
+        return {}
+    return calibration.input_power(model, ids.to(next(model.parameters()).device).split(4), progress=progress)
+
+
+def check_method(method: str, calibrate: str) -> None:
+    """rtn | gptq; gptq needs inputs to look at."""
+    if method not in METHODS:
+        raise TqwError(f"expected a method of {' or '.join(METHODS)}, got {method!r}")
+    if method == "gptq" and calibrate == "none":
+        raise TqwError("expected --calibrate self, random or a text file with --method gptq, got none")
+
+
+def method_options(method: str, model: nn.Module, ids: Tensor | None) -> dict[str, Any]:
+    """What `quantize_model` takes for a method. Error feedback does part of the channel scale's work: exponent 1/4."""
+    if method == "rtn" or ids is None:
+        return {}
+    return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
 
 
 def stored_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -132,7 +180,7 @@ def stored_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for key, tensor in module.state_dict().items():
         if key.endswith(ROTATION_MATRIX):
-            tensors[f"{_STORED_MATRIX}.{tensor.shape[0]}"] = tensor
+            tensors[f"{STORED_MATRIX}.{tensor.shape[0]}"] = tensor
         else:
             tensors[f"{name}.{key}"] = tensor
     return tensors
@@ -214,6 +262,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     model = empty_model(source)
     empty_model_(model, config)
     _fill(model, source.folder, torch.device(device))
+    share_inputs(model)
     return model.to(device).eval()
 
 
@@ -242,7 +291,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             if tensor is None or key in module._non_persistent_buffers_set:
                 continue
             if key.endswith(ROTATION_MATRIX):
-                yield f"{_STORED_MATRIX}.{tensor.shape[0]}", module, key
+                yield f"{STORED_MATRIX}.{tensor.shape[0]}", module, key
             else:
                 yield f"{module_name}.{key}" if module_name else key, module, key
 

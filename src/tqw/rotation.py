@@ -33,7 +33,7 @@ def qr_matrix(block: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(block, block, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float()
+    return (q * r.diagonal().sign()).float().contiguous()
 
 
 def rotation_signs(size: int, seed: int, rotation_pass: int = 0) -> Tensor:

@@ -15,12 +15,14 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
+from tqw import weight
 from tqw.errors import TqwError
-from tqw.kernels import cuda, reference
+from tqw.kernels import cpu, cuda, reference
 from tqw.weight import QuantizedWeight
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 
 _WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
 torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
@@ -48,20 +50,20 @@ def _choose(x: Tensor, qw: QuantizedWeight) -> ModuleType:
 
 
 @torch.library.impl("tqw::linear", "CompositeExplicitAutograd")
-def _linear_op(x: Tensor, bias: Tensor | None, *weight) -> Tensor:
-    qw = _weight(*weight)
+def _linear_op(x: Tensor, bias: Tensor | None, *tensors) -> Tensor:
+    qw = _weight(*tensors)
     return _choose(x, qw).linear(x, qw, bias)
 
 
 @torch.library.register_fake("tqw::linear")
-def _linear_fake(x: Tensor, bias: Tensor | None, packed: Sequence[Tensor], *weight) -> Tensor:
-    del bias, weight
+def _linear_fake(x: Tensor, bias: Tensor | None, packed: Sequence[Tensor], *rest) -> Tensor:
+    del bias, rest
     return x.new_empty(*x.shape[:-1], packed[0].shape[-2])
 
 
 @torch.library.impl("tqw::linear_backward", "CompositeExplicitAutograd")
-def _linear_backward_op(grad: Tensor, *weight) -> Tensor:
-    return reference.linear_backward(grad, _weight(*weight))
+def _linear_backward_op(grad: Tensor, *tensors) -> Tensor:
+    return reference.linear_backward(grad, _weight(*tensors))
 
 
 @torch.library.register_fake("tqw::linear_backward")
@@ -73,8 +75,11 @@ def _linear_backward_fake(grad: Tensor, packed, weight_scale, channel_scale, *re
 @torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
 def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
     qw = _weight(packed, weight_scale, channel_scale, rotation_matrix, rotation)
-    backend = cuda if ids.is_cuda and cuda.supports_embedding(ids, qw, dtype) is None else reference
-    return backend.embedding(ids, qw, dtype)
+    if ids.is_cuda and cuda.supports_embedding(ids, qw, dtype) is None:
+        return cuda.embedding(ids, qw, dtype)
+    if ids.device.type == "cpu" and cpu.supports_rows(qw, dtype) is None:
+        return cpu.dense_rows(qw, ids, dtype)
+    return reference.embedding(ids, qw, dtype)
 
 
 @torch.library.register_fake("tqw::embedding")
@@ -105,15 +110,17 @@ def _backward(ctx, grad: Tensor):
 torch.library.register_autograd("tqw::linear", _backward, setup_context=_setup_context)
 
 
-def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
-    """No autograd, compiler, tracer or mode looks on: a GPU call can skip the dispatcher, which costs it 25 us."""
-    if not x.is_cuda or type(x) is not Tensor or torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    watched = torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack()
-    return not watched and torch._C._get_tracing_state() is None
+def plain_eager(x: Tensor, bias: Tensor | None) -> bool:
+    """True where nobody looks at the op: no graph, no gradient, no mode, no subclass. There the dispatcher, which costs
+    more than a small layer, is left out."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch._C._len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -125,7 +132,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
     if x.shape[-1] != qw.in_features:
         raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
     if backend == "auto":
-        if _unwatched(x, bias):
+        if plain_eager(x, bias):
             return _choose(x, qw).linear(x, qw, bias)
         return torch.ops.tqw.linear(x, bias, *arguments(qw))
     if backend not in BACKENDS:
@@ -139,6 +146,13 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
 def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """dequantize(qw)[ids]: integer [...] -> [..., in] in `dtype`."""
     return torch.ops.tqw.embedding(ids, *arguments(qw), dtype)
+
+
+def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`weight.dequantize` by the fastest backend: dense [..., out, in] in `dtype`."""
+    if cpu.supports_rows(qw, dtype) is None:
+        return cpu.dense_rows(qw, None, dtype)
+    return weight.dequantize(qw, dtype)
 
 
 def explain(x: Tensor, qw: QuantizedWeight) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Plug-ins for other stacks. Nothing here is imported before its stack is."""

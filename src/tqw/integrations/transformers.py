@@ -1,0 +1,189 @@
+"""transformers: `AutoModel*.from_pretrained` of a tqw directory, and quantization while loading a float one.
+
+    import tqw                                                   # registers, whether before or after transformers
+    AutoModelForCausalLM.from_pretrained("OUT")                  # what `tqw quantize` or `save_pretrained` wrote
+    AutoModelForCausalLM.from_pretrained("FLOAT", quantization_config=tqw.TransformersConfig(bits=4))
+
+Stored names are parameter names, so the loader needs no conversion: the meta model gets quantized layers of the right
+shapes and transformers fills them. On the fly, the model is loaded dense and quantized in place, layer by layer: at its
+peak it is the dense model. Written for both generations of transformers' hooks (5.16 to 5.20, 5.21 and later).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tqw import calibrate as calibration
+from tqw.config import FORMAT_VERSION, QUANT_METHOD, QuantConfig
+from tqw.errors import TqwError
+from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from tqw.model import empty_model_, quantize_model, share_inputs
+from tqw.pretrained import STORED_MATRIX
+
+_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
+_MATRIX_KEY = rf"{ROTATION_MATRIX}$"
+CALIBRATIONS = ("self", "random", "none")
+
+
+@register_quantization_config(QUANT_METHOD)
+class TransformersConfig(QuantizationConfigMixin):
+    """QuantConfig as transformers wants it, plus `calibrate` (self | random | none) for quantizing while loading."""
+
+    def __init__(self, calibrate: str = "self", **settings: Any) -> None:
+        if calibrate not in CALIBRATIONS:
+            raise TqwError(
+                f"expected calibrate to be one of {', '.join(CALIBRATIONS)} here, got {calibrate!r}: for a text file "
+                "use `tqw quantize`"
+            )
+        entry = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **settings}
+        self.config = QuantConfig.from_dict(entry)
+        self.calibrate = calibrate
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+
+    @property
+    def modules_to_not_convert(self) -> list[str]:
+        return list(self.config.modules_to_not_convert)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def _stored_matrices(files: list[str]) -> dict[str, nn.Parameter]:
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.startswith(STORED_MATRIX):
+                    found[key] = nn.Parameter(file.get_tensor(key), requires_grad=False)
+    return found
+
+
+def _add_patterns(model: Any, attribute: str, pattern: str) -> None:
+    """These lists are sets in newer versions."""
+    old = getattr(model, attribute, None)
+    setattr(model, attribute, [*old, pattern] if isinstance(old, list) else {*(old or ()), pattern})
+
+
+def _tie_companions(model: Any) -> None:
+    """A quantized head that is tied to the embedding shares its scales too, not only its codes."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in list(tied.items()):
+        head, embedding = target.rpartition(".")[0], source.rpartition(".")[0]
+        if isinstance(model.get_submodule(head), QuantizedLinear):
+            names = (name for name in model.get_submodule(embedding)._parameters if not name.endswith(ROTATION_MATRIX))
+            tied.update({f"{head}.{name}": f"{embedding}.{name}" for name in names})
+
+
+def _devices(device_map: Any) -> set[str]:
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return {str(place) for place in places}
+
+
+@register_quantizer(QUANT_METHOD)
+class TransformersQuantizer(HfQuantizer):
+    """The hooks of `from_pretrained`."""
+
+    requires_calibration = False
+
+    @property
+    def _settings(self) -> Any:  # a TransformersConfig; the base class declares a type without its attributes
+        return self.quantization_config
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        del args, kwargs
+        if not self.pre_quantized and _devices(device_map) & {"disk", "meta"}:
+            raise TqwError(
+                "expected a device_map without disk to quantize while loading: run `tqw quantize` first and load its "
+                "directory with this device_map"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        del kwargs
+        if self.pre_quantized:
+            empty_model_(model, self._settings.config)
+            for module in model.modules():
+                if isinstance(module, _QUANTIZED):
+                    module.__dict__["_is_hf_initialized"] = True  # codes have no random initialisation
+            self._matrices = _stored_matrices(checkpoint_files or [])
+            _add_patterns(model, "_keys_to_ignore_on_load_missing", _MATRIX_KEY)
+            _add_patterns(model, "_keys_to_ignore_on_load_unexpected", f"^{STORED_MATRIX}")
+            _tie_companions(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
+        model._weight_conversions = []  # stored names are parameter names, experts included
+        if self.pre_quantized:
+            for module in model.modules():
+                for key, matrix in list(module._parameters.items()):
+                    if key.endswith(ROTATION_MATRIX) and matrix is not None:
+                        setattr(module, key, self._matrices[f"{STORED_MATRIX}.{matrix.shape[0]}"])
+            share_inputs(model)
+            return model
+        power = _calibrated(model, self._settings.calibrate)
+        self._settings.config = quantize_model(model, self._settings.config, input_power=power or None).config
+        _tie_companions(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The matrix that layers of rotation `qr` share is stored once, under its own name."""
+        del args, kwargs
+        state = {}
+        for key, tensor in model.state_dict().items():
+            state[f"{STORED_MATRIX}.{tensor.shape[0]}" if key.endswith(ROTATION_MATRIX) else key] = tensor
+        return state, {}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        del model, param_name, kwargs
+        return False  # weights are loaded as they are, stored or dense
+
+    def get_weight_conversions(self) -> list[Any]:
+        return []
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedExperts):
+                raise TqwError(f"expected a model without fused experts to dequantize, got {name}: use `tqw export`")
+            if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+                model.set_submodule(name, module.dequantize(dtype))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for key in [key for key in tied if key.rpartition(".")[2] not in ("weight", "bias")]:
+            del tied[key]
+        model.tie_weights()
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        return True  # adapters on top; the codes themselves are frozen
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _calibrated(model: Any, calibrate: str) -> dict[str, torch.Tensor]:
+    """Channel statistics without a tokenizer, which `from_pretrained` does not have."""
+    if calibrate == "none":
+        return {}
+    if calibrate == "self" and model.can_generate():
+        ids = calibration.self_generated(model, None)
+    else:
+        ids = calibration.random_sequences(model, None)
+    return calibration.input_power(model, ids.to(model.device).split(4))

@@ -1,0 +1,744 @@
+// y = T(x) V^T + b on the CPU, from the stored layout. Plain C ABI: loaded by cpu.py through ctypes.
+//
+//   T(x)[c] ~= sx[c] * q[c]      q int8, one scale for each chunk c of 32, 64 or 128 inputs
+//   y[n]     = sum over chunks   weight_scale[n, group of c] * sx[c] * sum_k level[code[n, k]] * q[k]
+//
+// The inner sum is exact in int32. AVX-512 VNNI has its own kernels for few tokens (one pass over the packed bytes)
+// and for many (panels of rows expanded to bytes, then an ordinary matrix product). Everything else expands one row
+// at a time with a table and takes dot products. A row is always summed by one thread in one order, so results do not
+// depend on the number of threads.
+#define _GNU_SOURCE
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define MAX_PASSES 4
+#define MAX_FAMILY 8
+#define STREAM_TOKENS 4  // AVX-512: up to here rows are streamed, beyond them panels are multiplied
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { NONE, HADAMARD, QR };
+enum { PORTABLE, NEON, AVX2, AVXVNNI, AVX512 };
+enum { NO_MEMORY = 1 };
+
+struct tqw_pass {
+    const uint8_t *packed;     // [out, padded * bits / 8]
+    const uint16_t *scale;     // float16 [out, padded / group]
+    const uint8_t *channel;    // e5m2 [in]; equal pointers where passes share a rotation
+    const int8_t *levels;      // [2^bits]
+    int64_t bits;
+};
+
+struct tqw_weight {
+    int64_t out, in, padded, group, block, rotation, passes;
+    const float *matrix;       // [block, block] for QR
+    struct tqw_pass pass[MAX_PASSES];
+};
+
+// ---------------------------------------------------------------- numbers
+
+typedef float v16f __attribute__((vector_size(64), aligned(4)));
+typedef int32_t v16i __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t v16u __attribute__((vector_size(64), aligned(4)));
+typedef int8_t v16b __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t v16ub __attribute__((vector_size(16), aligned(1)));
+typedef uint16_t v16h __attribute__((vector_size(32), aligned(2)));
+
+INLINE v16f splat(float value) { return (v16f){} + value; }
+
+INLINE v16f from_half(v16u h) {
+    v16u magnitude = (h & 0x7fff) << 13, special = (v16u)((h & 0x7c00) == 0x7c00) & 0x7f800000;
+    v16f value = (v16f)magnitude * splat(0x1p112f);  // subnormals come out right
+    return (v16f)((v16u)value | special | (h & 0x8000) << 16);
+}
+
+INLINE float half_to_float(uint16_t h) {
+    union { uint32_t u; float f; } v = {(uint32_t)(h & 0x7fff) << 13};
+    v.f *= 0x1p112f;
+    if ((h & 0x7c00) == 0x7c00) v.u |= 0x7f800000;
+    v.u |= (uint32_t)(h & 0x8000) << 16;
+    return v.f;
+}
+
+INLINE uint16_t float_to_half(float f) {  // round to nearest even
+    union { float f; uint32_t u; } v = {f};
+    uint32_t sign = v.u >> 16 & 0x8000;
+    v.u &= 0x7fffffff;
+    if (v.u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (v.u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (v.u < 0x38800000) {  // subnormal: the addition rounds at 2^-24
+        v.f += 0.5f;
+        return (uint16_t)(sign | (v.u - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((v.u + 0xfff + (v.u >> 13 & 1)) - 0x38000000) >> 13);
+}
+
+INLINE uint16_t float_to_bfloat(float f) {
+    union { float f; uint32_t u; } v = {f};
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
+}
+
+INLINE float load_one(const void *p, int64_t i, int dtype) {
+    if (dtype == FLOAT32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    if (dtype == FLOAT16) return half_to_float(h);
+    union { uint32_t u; float f; } v = {(uint32_t)h << 16};
+    return v.f;
+}
+
+INLINE void store_one(void *p, int64_t i, float value, int dtype) {
+    if (dtype == FLOAT32) ((float *)p)[i] = value;
+    else ((uint16_t *)p)[i] = dtype == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+INLINE v16f load_sixteen(const void *p, int64_t i, int dtype) {
+    if (dtype == FLOAT32) return *(const v16f *)((const float *)p + i);
+    v16u h = __builtin_convertvector(*(const v16h *)((const uint16_t *)p + i), v16u);
+    return dtype == FLOAT16 ? from_half(h) : (v16f)(h << 16);
+}
+
+INLINE float sum_sixteen(v16f v) {
+    float s[16];
+    memcpy(s, &v, sizeof s);
+    for (int h = 8; h; h /= 2)
+        for (int i = 0; i < h; i++) s[i] += s[i + h];
+    return s[0];
+}
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---------------------------------------------------------------- threads
+// The OpenMP runtime that torch uses, whose threads still spin from torch's last operation: a second pool would compete
+// with them for the cores. cpu.py finds it in the process and hands over the entry point of its fork and join.
+
+typedef int (*task)(void *job, int64_t index);
+
+struct team {
+    task run;
+    void *job;
+    int64_t count;
+    atomic_int_fast64_t next;
+    atomic_int failed;
+};
+
+static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int child;  // OpenMP threads do not survive a fork: there everything runs on the caller's thread
+
+static void after_fork(void) { child = 1; }
+
+EXPORT void tqw_threads(void *entry) {
+    if (!gomp_parallel) pthread_atfork(NULL, NULL, after_fork);
+    gomp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))entry;
+}
+
+static void work(void *argument) {
+    struct team *team = argument;
+    for (int64_t i; (i = atomic_fetch_add(&team->next, 1)) < team->count;)
+        if (team->run(team->job, i)) atomic_store(&team->failed, 1);
+}
+
+static int parallel(task run, void *job, int64_t count, int64_t threads) {
+    struct team team = {.run = run, .job = job, .count = count};
+    if (count < threads) threads = count;
+    if (threads < 2 || !gomp_parallel || child) work(&team);
+    else gomp_parallel(work, &team, (unsigned)threads, 0);
+    return team.failed;
+}
+
+// ---------------------------------------------------------------- one call
+
+// How the int8 activations of one rotation lie in memory.
+//   NATURAL  q[padded], sx[chunks]
+//   FLOATS   T(x) itself [padded]
+//   LANES    for each tile of 128 (64 at 8 bits): q in the order in which the kernel unpacks codes, and for each of the
+//            16 int32 lanes the start value -128 sum(q), which undoes the unsigned bytes' offset, and the scale
+//   COLUMNS  q with each 32 in unpacking order, sx[chunks], -128 sum(q) [chunks]
+enum { NATURAL, FLOATS, LANES, COLUMNS };
+
+struct call {
+    const struct tqw_weight *w;
+    const void *x, *bias;
+    void *y;
+    int64_t tokens;
+    int dtype, bias_dtype, layout, isa;
+    int64_t chunk, chunks;
+    int64_t rows_per_item;
+    int sets;                        // activations: one set for each (channel scale, order) that occurs
+    int set_of_pass[MAX_PASSES];
+    int order[MAX_PASSES];           // fields of a byte of the first plane: 4 at 2 and 3 bits, 2 at 4 to 6, 1 at 8
+    const uint8_t *channel[MAX_PASSES];
+    int64_t stride[MAX_PASSES];      // bytes of one token
+    char *activations[MAX_PASSES];
+    int (*prologue)(void *, int64_t);
+    int (*body)(void *, int64_t);
+};
+
+INLINE int first_plane(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
+INLINE int order_of(int bits) { return 8 / first_plane(bits); }
+INLINE int64_t tile_of(int order) { return order == 1 ? 64 : 128; }
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static int64_t token_bytes(const struct call *c, int order) {
+    int64_t padded = c->w->padded;
+    if (c->layout == FLOATS) return padded * 4;
+    if (c->layout == NATURAL) return round_up(padded + c->chunks * 4, 64);
+    if (c->layout == COLUMNS) return round_up(padded + c->chunks * 8, 64);
+    return (padded + tile_of(order) - 1) / tile_of(order) * (tile_of(order) + 128);
+}
+
+// ---------------------------------------------------------------- prologue: x -> T(x) -> int8
+
+INLINE v16f butterfly(v16f v, v16f partner, v16f sign) { return v * sign + partner; }
+
+// Unnormalised Walsh-Hadamard transform of v[0 .. block), block a power of two from 32 to 128.
+INLINE void walsh_hadamard(v16f *v, int count) {
+    const v16f s1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    const v16f s2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    const v16f s4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    const v16f s8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    for (int i = 0; i < count; i++) {
+        v16f a = v[i];
+        a = butterfly(a, __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14), s1);
+        a = butterfly(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13), s2);
+        a = butterfly(a, __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11), s4);
+        a = butterfly(a, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), s8);
+        v[i] = a;
+    }
+    for (int half = 1; half < count; half *= 2)
+        for (int i = 0; i < count; i += 2 * half)
+            for (int j = i; j < i + half; j++) {
+                v16f low = v[j], high = v[j + half];
+                v[j] = low + high;
+                v[j + half] = low - high;
+            }
+}
+
+INLINE void matrix_product(const float *matrix, v16f *v, int64_t block) {  // v <- Q v
+    float out[128];
+    for (int64_t i = 0; i < block; i++) {
+        v16f sum = splat(0);
+        for (int64_t j = 0; j < block / 16; j++) sum += *(const v16f *)(matrix + i * block + j * 16) * v[j];
+        out[i] = sum_sixteen(sum);
+    }
+    memcpy(v, out, (size_t)block * 4);
+}
+
+// One block of a * x, rotated, without the factor 1 / sqrt(block) of the Hadamard kind.
+INLINE void transform_block(const struct call *c, const uint8_t *channel, const char *x, int64_t start, v16f *v) {
+    const struct tqw_weight *w = c->w;
+    for (int64_t i = 0; i < w->block; i += 16) {
+        int64_t left = w->in - start - i;
+        v16u a;
+        if (left >= 16) {
+            v[i / 16] = load_sixteen(x, start + i, c->dtype);
+            a = __builtin_convertvector(*(const v16ub *)(channel + start + i), v16u);
+        } else {
+            float value[16] = {0};
+            uint8_t bytes[16] = {0};
+            for (int64_t j = 0; j < left; j++) value[j] = load_one(x, start + i + j, c->dtype);
+            if (left > 0) memcpy(bytes, channel + start + i, (size_t)left);
+            memcpy(&v[i / 16], value, sizeof value);
+            a = __builtin_convertvector(*(const v16ub *)bytes, v16u);
+        }
+        v[i / 16] *= from_half(a << 8);  // an e5m2 byte is the upper byte of a float16
+    }
+    if (w->rotation == HADAMARD) walsh_hadamard(v, (int)(w->block / 16));
+    else if (w->rotation == QR) matrix_product(w->matrix, v, w->block);
+}
+
+// q = round(v / sx), sx = max |v| / 127. A NaN or infinity anywhere makes sx NaN, and with it the whole output.
+INLINE float quantize_chunk(const v16f *v, int count, int8_t *q) {
+    v16u largest = {0};
+    for (int i = 0; i < count; i++) {
+        v16u magnitude = (v16u)v[i] & 0x7fffffff;  // as integers, magnitudes order like floats, NaN above all
+        v16u above = (v16u)(magnitude > largest);
+        largest = (magnitude & above) | (largest & ~above);
+    }
+    uint32_t lane[16], bits = 0;
+    memcpy(lane, &largest, sizeof lane);
+    for (int i = 0; i < 16; i++) bits = lane[i] > bits ? lane[i] : bits;
+    union { uint32_t u; float f; } top = {bits};
+    int finite = bits < 0x7f800000;
+    float inverse = finite && top.f > 1e-30f ? 127 / top.f : 0;
+    const v16f magic = splat(12582912);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    for (int i = 0; i < count; i++) {
+        v16i rounded = (v16i)(v[i] * inverse + magic) - (v16i)magic;
+        if (!finite) rounded = (v16i){0};
+        *(v16b *)(q + i * 16) = __builtin_convertvector(rounded, v16b);
+    }
+    return !finite ? NAN : inverse ? top.f / 127 : 0;
+}
+
+// out[f][j] = q[j * order + f]: all first codes of the bytes, then all second codes, ...
+INLINE void reorder(const int8_t *q, int8_t *out, int64_t size, int order) {
+    int64_t bytes = size / order;
+    if (order == 1) memcpy(out, q, (size_t)size);
+    else if (order == 2)
+        for (int64_t j = 0; j < bytes; j++) out[j] = q[2 * j], out[bytes + j] = q[2 * j + 1];
+    else
+        for (int f = 0; f < 4; f++)
+            for (int64_t j = 0; j < bytes; j++) out[f * bytes + j] = q[4 * j + f];
+}
+
+// Which 32 codes of a tile int32 lane `lane` sums.
+INLINE int unit_of_lane(int lane, int order) { return order == 4 ? lane % 8 / 2 : order == 2 ? lane / 4 : lane / 8; }
+
+INLINE void arrange_lanes(const struct call *c, const int8_t *q, const float *sx, char *out, int order) {
+    int64_t tile = tile_of(order);
+    for (int64_t start = 0; start < c->w->padded; start += tile, out += tile + 128) {
+        int8_t *mine = (int8_t *)out;
+        int32_t *bias = (int32_t *)(out + tile);
+        float *scale = (float *)(out + tile + 64);
+        reorder(q + start, mine, tile, order);
+        for (int lane = 0; lane < 16; lane++) {
+            int32_t sum = 0;
+            for (int64_t part = 0; part < tile; part += 64)
+                for (int i = 0; i < 4; i++) sum += mine[part + lane * 4 + i];
+            bias[lane] = -128 * sum;
+            int64_t at = start + unit_of_lane(lane, order) * 32;
+            scale[lane] = at < c->w->padded ? sx[at / c->chunk] : 0;
+        }
+    }
+}
+
+// The order in which a unit of 32 codes meets its 8 steps of 4 (see step_of in cpu_avx512.h).
+INLINE void reorder_unit(const int8_t *q, int8_t *out, int order) {
+    typedef int8_t unit __attribute__((vector_size(32), aligned(1)));
+    unit v = *(const unit *)q;
+    if (order == 2)
+        v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13,
+                                    15, 17, 19, 21, 23, 25, 27, 29, 31);
+    if (order == 4)
+        v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6, 10, 14, 18, 22,
+                                    26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+    *(unit *)out = v;
+}
+
+INLINE void arrange_columns(const struct call *c, const int8_t *q, const float *sx, char *out, int order) {
+    float *scale = (float *)(out + c->w->padded);
+    int32_t *start = (int32_t *)(scale + c->chunks);
+    for (int64_t i = 0; i < c->chunks; i++) {
+        int32_t sum = 0;
+        for (int64_t k = 0; k < c->chunk; k++) sum += q[i * c->chunk + k];
+        scale[i] = sx[i];
+        start[i] = -128 * sum;
+    }
+    for (int64_t k = 0; k < c->w->padded; k += 32) reorder_unit(q + k, (int8_t *)out + k, order);
+}
+
+INLINE int prologue_body(struct call *c, int64_t token) {
+    const struct tqw_weight *w = c->w;
+    float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    const char *x = (const char *)c->x + token * w->in * (c->dtype == FLOAT32 ? 4 : 2);
+    int8_t *q = malloc((size_t)(w->padded + 128 + c->chunks * 4));
+    if (!q) return NO_MEMORY;
+    memset(q + w->padded, 0, 128);  // tiles may reach past the end
+    float *sx = (float *)(q + w->padded + 128);
+    v16f v[8];
+    for (int set = 0; set < c->sets; set++) {
+        char *out = c->activations[set] + token * c->stride[set];
+        if (set == 0 || c->channel[set] != c->channel[set - 1])
+            for (int64_t start = 0; start < w->padded; start += w->block) {
+                transform_block(c, c->channel[set], x, start, v);
+                if (c->layout == FLOATS) {
+                    for (int64_t i = 0; i < w->block / 16; i++) ((v16f *)(out + start * 4))[i] = v[i] * norm;
+                    continue;
+                }
+                for (int64_t i = 0; i < w->block; i += c->chunk)
+                    sx[(start + i) / c->chunk] = norm * quantize_chunk(v + i / 16, (int)c->chunk / 16, q + start + i);
+            }
+        if (c->layout == NATURAL) {
+            memcpy(out, q, (size_t)w->padded);
+            memcpy(out + w->padded, sx, (size_t)c->chunks * 4);
+        } else if (c->layout == LANES) {
+            arrange_lanes(c, q, sx, out, c->order[set]);
+        } else if (c->layout == COLUMNS) {
+            arrange_columns(c, q, sx, out, c->order[set]);
+        }
+    }
+    free(q);
+    return 0;
+}
+
+// ---------------------------------------------------------------- any machine: expand a row, then dot products
+
+typedef uint8_t v16u8 __attribute__((vector_size(16), aligned(1)));
+typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
+typedef float v8f __attribute__((vector_size(32), aligned(4)));
+
+INLINE v16u8 copy_bytes(const uint8_t *p, const int count) {
+    typedef uint64_t v2u64 __attribute__((vector_size(16)));
+    uint64_t low = 0;
+    memcpy(&low, p, (size_t)count);
+    return (v16u8)(v2u64){low, 0};
+}
+
+// 16 fields of 1, 2 or 4 bits, lowest bits first, as bytes.
+INLINE v16u8 fields(const uint8_t *p, const int bits) {
+    if (bits == 4) {
+        v16u8 v = copy_bytes(p, 8), low = v & 15, high = v >> 4;
+        return __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    }
+    if (bits == 2) {
+        v16u8 v = copy_bytes(p, 4);
+        v = __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        const v16u8 one = {1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64};
+        return ((v16u8)((v & one) != 0) & 1) | ((v16u8)((v & (one << 1)) != 0) & 2);
+    }
+    v16u8 v = copy_bytes(p, 2);
+    v = __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const v16u8 one = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    return (v16u8)((v & one) != 0) & 1;
+}
+
+// Integer levels of a row, in their natural order. table: the levels, in pieces of 16.
+INLINE void expand_codes(const struct tqw_weight *w, const uint8_t *bytes, const int bits, const v16u8 *table, int8_t *out) {
+    const int low = first_plane(bits), high = bits - low;
+    for (int64_t start = 0; start < w->padded; start += w->group, bytes += w->group * bits / 8) {
+        const uint8_t *second = bytes + w->group * low / 8;
+        for (int64_t k = 0; k < w->group; k += 16) {
+            v16u8 *to = (v16u8 *)(out + start + k);
+            if (bits == 8) {
+                *to = *(const v16u8 *)(bytes + k) ^ 0x80;
+                continue;
+            }
+            v16u8 code = fields(bytes + k * low / 8, low);
+            if (bits == 3) code |= fields(second + k / 8, 1) << 2;
+            v16u8 level = __builtin_shuffle(table[0], code);
+            if (low == 4 && high) {
+                v16u8 top = fields(second + k * high / 8, high);
+                for (int part = 1; part < 1 << high; part++) {
+                    v16u8 mine = (v16u8)(top == (uint8_t)part);
+                    level = (level & ~mine) | (__builtin_shuffle(table[part], code) & mine);
+                }
+            }
+            *to = level;
+        }
+    }
+}
+
+INLINE void expand_row(const struct tqw_weight *w, const struct tqw_pass *p, int64_t row, int8_t *out) {
+    v16u8 table[4] = {0};
+    if (p->bits < 8) memcpy(table, p->levels, (size_t)1 << p->bits);
+    const uint8_t *bytes = p->packed + row * (w->padded * p->bits / 8);
+    switch (p->bits) {
+#define CASE(bits) case bits: expand_codes(w, bytes, bits, table, out); break;
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#undef CASE
+    }
+}
+
+// sum[t] = 8 partial sums of a . b_t over n (32, 64 or 128) bytes, for `tokens` vectors b that lie `stride` bytes apart.
+typedef void (*dot_function)(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum);
+
+INLINE void dot_portable(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum) {
+    typedef int8_t v8b __attribute__((vector_size(8), aligned(1)));
+    for (int t = 0; t < tokens; t++) {
+        sum[t] = (v8i){0};
+        for (int64_t i = 0; i < n; i += 8)
+            sum[t] += __builtin_convertvector(*(const v8b *)(a + i), v8i) * __builtin_convertvector(*(const v8b *)(b + t * stride + i), v8i);
+    }
+}
+
+INLINE v8f dot_floats(const int8_t *levels, const float *x, int64_t n) {
+    typedef int8_t v8b __attribute__((vector_size(8), aligned(1)));
+    v8f sum = {0};
+    for (int64_t i = 0; i < n; i += 8) sum += __builtin_convertvector(*(const v8b *)(levels + i), v8f) * *(const v8f *)(x + i);
+    return sum;
+}
+
+// total[t] += the 8 partial sums of one row of one pass.
+INLINE void row_times_tokens(const struct call *c, const int8_t *levels, const float *scale, const char *x, int64_t stride,
+                             const int tokens, dot_function dot, v8f *total) {
+    const struct tqw_weight *w = c->w;
+    if (c->layout == FLOATS) {
+        for (int64_t k = 0; k < w->padded; k += w->group)
+            for (int t = 0; t < tokens; t++)
+                total[t] += dot_floats(levels + k, (const float *)(x + t * stride) + k, w->group) * scale[k / w->group];
+        return;
+    }
+    for (int64_t i = 0; i < c->chunks; i++) {
+        v8i sum[4];
+        dot(levels + i * c->chunk, (const int8_t *)x + i * c->chunk, stride, c->chunk, tokens, sum);
+        float s = scale[i * c->chunk / w->group];
+        for (int t = 0; t < tokens; t++)
+            total[t] += __builtin_convertvector(sum[t], v8f) * (s * ((const float *)(x + t * stride + w->padded))[i]);
+    }
+}
+
+INLINE float sum_eight(v8f v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+INLINE int rows_body(struct call *c, int64_t item, dot_function dot) {
+    const struct tqw_weight *w = c->w;
+    const int64_t groups = w->padded / w->group;
+    int8_t *levels = malloc((size_t)(w->padded + (groups + 8 * c->tokens) * 4));
+    if (!levels) return NO_MEMORY;
+    float *scale = (float *)(levels + w->padded);
+    v8f *total = (v8f *)(scale + groups);
+    for (int64_t row = item * c->rows_per_item; row < smaller((item + 1) * c->rows_per_item, w->out); row++) {
+        memset(total, 0, (size_t)c->tokens * sizeof *total);
+        for (int64_t pass = 0; pass < w->passes; pass++) {
+            const struct tqw_pass *p = &w->pass[pass];
+            const int64_t stride = c->stride[c->set_of_pass[pass]];
+            const char *x = c->activations[c->set_of_pass[pass]];
+            expand_row(w, p, row, levels);
+            for (int64_t g = 0; g < groups; g++) scale[g] = half_to_float(p->scale[row * groups + g]);
+            int64_t t = 0;
+            for (; t + 4 <= c->tokens; t += 4) row_times_tokens(c, levels, scale, x + t * stride, stride, 4, dot, total + t);
+            for (; t < c->tokens; t++) row_times_tokens(c, levels, scale, x + t * stride, stride, 1, dot, total + t);
+        }
+        float b = c->bias ? load_one(c->bias, row, c->bias_dtype) : 0;
+        for (int64_t t = 0; t < c->tokens; t++) store_one(c->y, t * w->out + row, sum_eight(total[t]) + b, c->dtype);
+    }
+    free(levels);
+    return 0;
+}
+
+// ---------------------------------------------------------------- rows of the dense weight
+
+struct rows_call {
+    const struct tqw_weight *w;
+    const int64_t *ids;  // which rows, or NULL for all
+    void *y;
+    int64_t count, rows_per_item;
+    int dtype;
+};
+
+INLINE void transposed_product(const float *matrix, v16f *v, int64_t block) {  // v <- Q^T v
+    v16f out[8] = {0};
+    float value[128];
+    memcpy(value, v, (size_t)block * 4);
+    for (int64_t i = 0; i < block; i++)
+        for (int64_t j = 0; j < block / 16; j++) out[j] += *(const v16f *)(matrix + i * block + j * 16) * value[i];
+    memcpy(v, out, (size_t)block * 4);
+}
+
+// dense[row] += ((scale * level) H) * a for one pass
+INLINE void add_dense_pass(const struct tqw_weight *w, const struct tqw_pass *p, int64_t row, int8_t *levels, float *dense) {
+    const float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    const uint16_t *scale = p->scale + row * (w->padded / w->group);
+    expand_row(w, p, row, levels);
+    for (int64_t start = 0; start < w->padded; start += w->block) {
+        v16f v[8];
+        for (int64_t i = 0; i < w->block; i += 16)
+            v[i / 16] = __builtin_convertvector(*(const v16b *)(levels + start + i), v16f) *
+                        (norm * half_to_float(scale[(start + i) / w->group]));
+        if (w->rotation == HADAMARD) walsh_hadamard(v, (int)(w->block / 16));
+        else if (w->rotation == QR) transposed_product(w->matrix, v, w->block);
+        const float *value = (const float *)v;
+        for (int64_t i = 0; i < smaller(w->block, w->in - start); i++)
+            dense[start + i] += value[i] * half_to_float((uint16_t)(p->channel[start + i] << 8));
+    }
+}
+
+INLINE int dense_body(struct rows_call *c, int64_t item) {
+    const struct tqw_weight *w = c->w;
+    int8_t *levels = malloc((size_t)w->padded * 5);
+    if (!levels) return NO_MEMORY;
+    float *dense = (float *)(levels + w->padded);
+    for (int64_t i = item * c->rows_per_item; i < smaller((item + 1) * c->rows_per_item, c->count); i++) {
+        memset(dense, 0, (size_t)w->padded * 4);
+        for (int64_t pass = 0; pass < w->passes; pass++) add_dense_pass(w, &w->pass[pass], c->ids ? c->ids[i] : i, levels, dense);
+        for (int64_t k = 0; k < w->in; k++) store_one(c->y, i * w->in + k, dense[k], c->dtype);
+    }
+    free(levels);
+    return 0;
+}
+
+static int dense_portable(void *job, int64_t item) { return dense_body(job, item); }
+static int prologue_portable(void *job, int64_t token) { return prologue_body(job, token); }
+static int rows_portable(void *job, int64_t item) { return rows_body(job, item, dot_portable); }
+
+#if defined(__aarch64__)
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+DOTPROD INLINE void dot_neon(const int8_t *a, const int8_t *b, int64_t stride, int64_t n, const int tokens, v8i *sum) {
+    for (int t = 0; t < tokens; t++) {
+        int32x4_t low = vdupq_n_s32(0), high = low;
+        for (int64_t i = 0; i < n; i += 32) {
+            low = vdotq_s32(low, vld1q_s8(a + i), vld1q_s8(b + t * stride + i));
+            high = vdotq_s32(high, vld1q_s8(a + i + 16), vld1q_s8(b + t * stride + i + 16));
+        }
+        vst1q_s32((int32_t *)&sum[t], low);
+        vst1q_s32((int32_t *)&sum[t] + 4, high);
+    }
+}
+DOTPROD static int rows_neon(void *job, int64_t item) { return rows_body(job, item, dot_neon); }
+#endif
+
+#if defined(__x86_64__)
+// |a| <= 128 and |b| <= 127, so a pair of products stays below 2^15 and maddubs cannot saturate.
+#define DOT_AVX2(name, features, step)                                                                               \
+    __attribute__((target(features))) INLINE void name(const int8_t *a, const int8_t *b, int64_t stride, int64_t n,  \
+                                                       const int tokens, v8i *out) {                                 \
+        __m256i sum[4];                                                                                              \
+        for (int t = 0; t < tokens; t++) sum[t] = _mm256_setzero_si256();                                            \
+        for (int64_t i = 0; i < n; i += 32) {                                                                        \
+            __m256i v = _mm256_loadu_si256((const __m256i *)(a + i)), u = _mm256_abs_epi8(v);                        \
+            for (int t = 0; t < tokens; t++) {                                                                       \
+                __m256i x = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)(b + t * stride + i)), v);          \
+                sum[t] = step;                                                                                       \
+            }                                                                                                        \
+        }                                                                                                            \
+        for (int t = 0; t < tokens; t++) out[t] = (v8i)sum[t];                                                       \
+    }
+#define AVX2_FEATURES "avx2,fma,f16c"
+#define AVXVNNI_FEATURES AVX2_FEATURES ",avxvnni"
+DOT_AVX2(dot_avx2, AVX2_FEATURES,
+         _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1))))
+DOT_AVX2(dot_avxvnni, AVXVNNI_FEATURES, _mm256_dpbusd_avx_epi32(sum[t], u, x))
+__attribute__((target(AVX2_FEATURES))) static int prologue_avx2(void *j, int64_t i) { return prologue_body(j, i); }
+__attribute__((target(AVX2_FEATURES))) static int dense_avx2(void *j, int64_t i) { return dense_body(j, i); }
+__attribute__((target(AVX2_FEATURES))) static int rows_avx2(void *j, int64_t i) { return rows_body(j, i, dot_avx2); }
+__attribute__((target(AVXVNNI_FEATURES))) static int rows_avxvnni(void *j, int64_t i) {
+    return rows_body(j, i, dot_avxvnni);
+}
+
+#include "cpu_avx512.h"
+#endif
+
+// ---------------------------------------------------------------- the call
+
+static int detected_isa(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        int a = 7, b = 0, c = 1, d = 0;
+        __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+        return a >> 4 & 1 ? AVXVNNI : AVX2;
+    }
+#elif defined(__APPLE__) && defined(__aarch64__)
+    return NEON;
+#elif defined(__linux__) && defined(__aarch64__)
+    if (getauxval(AT_HWCAP) >> 20 & 1) return NEON;  // HWCAP_ASIMDDP: the dot product instructions
+#endif
+    return PORTABLE;
+}
+
+// The best instruction set of this machine, or whether it has the one asked for.
+EXPORT int64_t tqw_isa(void) { return detected_isa(); }
+
+static void choose_functions(struct call *c, int exact) {
+    c->prologue = prologue_portable;
+    c->body = rows_portable;
+#if defined(__x86_64__)
+    if (c->isa >= AVX2) c->prologue = prologue_avx2, c->body = rows_avx2;
+    if (c->isa == AVXVNNI) c->body = rows_avxvnni;
+    if (c->isa == AVX512) {
+        c->prologue = prologue_avx512;
+        if (!exact) c->body = c->layout == LANES ? lanes_avx512 : panels_avx512;
+    }
+#elif defined(__aarch64__)
+    if (c->isa == NEON) c->body = rows_neon;
+    (void)exact;
+#endif
+}
+
+// One set of activations for each (channel scale, order) among the passes. Returns their bytes.
+static int64_t plan_activations(struct call *c) {
+    int64_t total = 0;
+    for (int64_t pass = 0; pass < c->w->passes; pass++) {
+        const struct tqw_pass *p = &c->w->pass[pass];
+        int order = c->layout == LANES || c->layout == COLUMNS ? order_of((int)p->bits) : 1, set = 0;
+        while (set < c->sets && (c->channel[set] != p->channel || c->order[set] != order)) set++;
+        if (set == c->sets) {
+            c->channel[set] = p->channel;
+            c->order[set] = order;
+            c->stride[set] = token_bytes(c, order);
+            total += c->stride[set] * c->tokens;
+            c->sets++;
+        }
+        c->set_of_pass[pass] = set;
+    }
+    return total;
+}
+
+// Layers that read the same input, each with its own output.
+struct family {
+    struct call members[MAX_FAMILY];
+    int64_t first[MAX_FAMILY + 1];  // item from which on each member's rows come
+};
+
+static int family_body(void *job, int64_t item) {
+    struct family *f = job;
+    int64_t m = 0;
+    while (item >= f->first[m + 1]) m++;
+    return f->members[m].body(&f->members[m], item - f->first[m]);
+}
+
+// Items of at least 16 KiB of codes, and several for each thread to even out their speeds. Returns their number.
+static int64_t divide_rows(struct call *c, int64_t threads) {
+    int64_t bytes = 0;
+    for (int64_t pass = 0; pass < c->w->passes; pass++) bytes += c->w->out * (c->w->padded * c->w->pass[pass].bits / 8);
+    int64_t items = smaller(bytes * smaller(c->tokens, 8) / (1 << 14) + 1, threads * 4);
+    c->rows_per_item = round_up((c->w->out + items - 1) / items, c->layout == COLUMNS ? 64 : 4);
+    return (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+}
+
+// y[i] = T(x) V_i^T + bias[i] for `count` weights that differ only in `out`, codes and weight scales: T(x) is that of
+// the first.
+EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, const void *x, void *const *y,
+                           const void *const *bias, int64_t tokens, int64_t dtype, int64_t bias_dtype, int64_t threads,
+                           int64_t isa, int64_t exact) {
+    if (tokens == 0) return 0;
+    struct family f = {0};
+    struct call *first = &f.members[0];
+    *first = (struct call){.w = w[0], .x = x, .tokens = tokens, .dtype = (int)dtype, .bias_dtype = (int)bias_dtype,
+                           .isa = (int)isa};
+    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens <= STREAM_TOKENS ? LANES : COLUMNS;
+    first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
+    first->chunks = w[0]->padded / first->chunk;
+    choose_functions(first, (int)exact);
+    int64_t total = plan_activations(first);
+    char *memory = malloc((size_t)total + 64), *at = (char *)round_up((int64_t)(intptr_t)memory, 64);
+    if (!memory) return NO_MEMORY;
+    for (int set = 0; set < first->sets; set++) {
+        first->activations[set] = at;
+        at += first->stride[set] * tokens;
+    }
+    for (int64_t i = count; i-- > 0;) {
+        f.members[i] = *first;
+        f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
+    }
+    for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_rows(&f.members[i], threads);
+    int failed = parallel(first->prologue, first, tokens, tokens * w[0]->in < 1 << 14 ? 1 : threads);
+    if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
+    free(memory);
+    return failed;
+}
+
+EXPORT int64_t tqw_linear(const struct tqw_weight *w, const void *x, void *y, const void *bias, int64_t tokens,
+                          int64_t dtype, int64_t bias_dtype, int64_t threads, int64_t isa, int64_t exact) {
+    return tqw_linears(&w, 1, x, &y, &bias, tokens, dtype, bias_dtype, threads, isa, exact);
+}
+
+// y[i] = dense[ids[i]], or dense[i] without ids, for i < count.
+EXPORT int64_t tqw_dense(const struct tqw_weight *w, const int64_t *ids, void *y, int64_t count, int64_t dtype,
+                         int64_t threads, int64_t isa) {
+    struct rows_call c = {.w = w, .ids = ids, .y = y, .count = count, .dtype = (int)dtype};
+    task body = dense_portable;
+#if defined(__x86_64__)
+    if (isa >= AVX2) body = dense_avx2;
+#endif
+    c.rows_per_item = (1 << 16) / w->padded + 1;
+    return parallel(body, &c, (count + c.rows_per_item - 1) / c.rows_per_item, threads);
+}

@@ -1,0 +1,404 @@
+// AVX-512 VNNI kernels of cpu.c. Weights are unsigned bytes level + 128, activations signed bytes: what vpdpbusd
+// multiplies. The offset is undone by accumulators that start at -128 sum(q).
+//
+//   up to 4 tokens each row is a stream: decode 128 codes, two vpdpbusd against the LANES activations
+//   more tokens    64 rows at a time: decode 128 codes of each, transpose so that a vector holds 16 rows x 4 codes,
+//                  and multiply by all tokens (COLUMNS activations) while those 8 KiB lie in the L1 cache
+
+#define AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+#define FAST __attribute__((target(AVX512_FEATURES)))
+#define FAST_INLINE FAST INLINE
+
+// Constants of one pass for the loops below.
+struct tables {
+    __m512i level[4];        // 16 biased levels each, repeated in every 128 bits
+    __m512i scale_of_lane;   // which of the tile's scales belongs to each lane
+    int64_t bits, order, tile, tiles, group, group_bytes, row_bytes, padded, groups;
+    int64_t per_tile;        // scales in a tile
+    int pieces;              // groups in a tile whose planes lie apart
+};
+
+FAST_INLINE void make_tables(const struct tqw_weight *w, const struct tqw_pass *p, struct tables *t) {
+    int bits = (int)p->bits, order = order_of(bits);
+    for (int part = 0; part < 4; part++) {
+        uint8_t row[16] = {0};
+        for (int i = 0; bits < 8 && i < 16 && part * 16 + i < 1 << bits; i++) row[i] = (uint8_t)(p->levels[part * 16 + i] + 128);
+        t->level[part] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)row));
+    }
+    t->bits = bits, t->order = order, t->tile = tile_of(order), t->padded = w->padded, t->group = w->group;
+    t->tiles = (w->padded + t->tile - 1) / t->tile;
+    t->group_bytes = w->group * bits / 8, t->row_bytes = w->padded * bits / 8, t->groups = w->padded / w->group;
+    int several = w->group < t->tile && t->groups > 1;
+    t->per_tile = several ? t->tile / w->group : 1;
+    t->pieces = several && first_plane(bits) != bits;
+    int32_t lane[16];
+    for (int i = 0; i < 16; i++) lane[i] = several ? (int)(unit_of_lane(i, order) * 32 / w->group) : 0;
+    t->scale_of_lane = _mm512_loadu_si512(lane);
+}
+
+FAST_INLINE __m512i load512(const uint8_t *p, int64_t n) {
+    return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
+}
+FAST_INLINE __m256i load256(const uint8_t *p, int64_t n) {
+    return n >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8(((__mmask32)1 << n) - 1, p);
+}
+FAST_INLINE __m128i load128(const uint8_t *p, int64_t n) {
+    return n >= 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((__mmask16)((1 << n) - 1), p);
+}
+
+// Codes of one tile -> level + 128 as bytes, in unpacking order: `order` runs of tile / order bytes.
+FAST_INLINE void decode(const struct tables *t, const int bits, const uint8_t *row, int64_t tile, __m512i out[2]) {
+    int64_t start = tile * t->tile, codes = t->padded - start;
+    const int low = first_plane(bits), high = bits - low;
+    if (codes > t->tile) codes = t->tile;
+    if (bits == 8) {
+        out[0] = load512(row + start, codes);
+        return;
+    }
+    const uint8_t *first, *second = NULL;
+    uint8_t gathered[2][64];
+    if (high && t->pieces) {  // planes of several small groups: bring each plane together
+        int64_t a = t->group * low / 8, b = t->group * high / 8;
+        const uint8_t *from = row + start / t->group * t->group_bytes;
+        for (int64_t i = 0; i * t->group < codes; i++, from += t->group_bytes) {
+            memcpy(gathered[0] + i * a, from, (size_t)a);
+            memcpy(gathered[1] + i * b, from + a, (size_t)b);
+        }
+        first = gathered[0], second = gathered[1];
+    } else if (high) {
+        int64_t inside = start % t->group;
+        const uint8_t *group = row + start / t->group * t->group_bytes;
+        first = group + inside * low / 8;
+        second = group + t->group * low / 8 + inside * high / 8;
+    } else {
+        first = row + start * low / 8;
+    }
+    if (low == 2) {
+        const __m512i three = _mm512_set1_epi8(3);
+        const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
+        __m512i both = _mm512_broadcast_i64x4(load256(first, codes / 4));
+        __m512i c0 = _mm512_and_si512(_mm512_srlv_epi16(both, shifts), three);
+        __m512i c1 = _mm512_and_si512(_mm512_srlv_epi16(_mm512_srli_epi16(both, 4), shifts), three);
+        if (high) {  // bit of code 4 j + f: bit 4 (j % 2) + f of byte j / 2
+            const __m512i twice = _mm512_set_epi64(
+                0x0f0f0e0e0d0d0c0c, 0x0b0b0a0a09090808, 0x0707060605050404, 0x0303020201010000,
+                0x0f0f0e0e0d0d0c0c, 0x0b0b0a0a09090808, 0x0707060605050404, 0x0303020201010000);
+            const __m512i bit0 = _mm512_inserti64x4(_mm512_set1_epi16(0x1001), _mm256_set1_epi16(0x2002), 1);
+            const __m512i four = _mm512_set1_epi8(4);
+            __m512i top = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(second, codes / 8)), twice);
+            c0 = _mm512_mask_add_epi8(c0, _mm512_test_epi8_mask(top, bit0), c0, four);
+            c1 = _mm512_mask_add_epi8(c1, _mm512_test_epi8_mask(top, _mm512_slli_epi16(bit0, 2)), c1, four);
+        }
+        out[0] = _mm512_shuffle_epi8(t->level[0], c0);
+        out[1] = _mm512_shuffle_epi8(t->level[0], c1);
+        return;
+    }
+    const __m512i fifteen = _mm512_set1_epi8(15);
+    __m512i bytes = load512(first, codes / 2);
+    __m512i c0 = _mm512_and_si512(bytes, fifteen), c1 = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), fifteen);
+    out[0] = _mm512_shuffle_epi8(t->level[0], c0);
+    out[1] = _mm512_shuffle_epi8(t->level[0], c1);
+    if (bits == 5) {  // bit of code 2 j + f: bit 2 (j % 4) + f of byte j / 4
+        const __m512i four_times = _mm512_set_epi64(
+            0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
+            0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
+        __m512i top = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(second, codes / 8)), four_times);
+        __mmask64 m0 = _mm512_test_epi8_mask(top, _mm512_set1_epi32(0x40100401));
+        __mmask64 m1 = _mm512_test_epi8_mask(top, _mm512_set1_epi32((int)0x80200802));
+        out[0] = _mm512_mask_shuffle_epi8(out[0], m0, t->level[1], c0);
+        out[1] = _mm512_mask_shuffle_epi8(out[1], m1, t->level[1], c1);
+    }
+    if (bits == 6) {  // two bits of code 2 j + f: bits 4 (j % 2) + 2 f of byte j / 2
+        __m512i top = _mm512_cvtepu8_epi16(load256(second, codes / 4));
+        top = _mm512_or_si512(top, _mm512_slli_epi16(top, 8));
+        for (int f = 0; f < 2; f++) {
+            __m512i c = f ? c1 : c0;
+            const __m512i bit = _mm512_set1_epi16((short)(f ? 0x4004 : 0x1001));
+            __mmask64 b0 = _mm512_test_epi8_mask(top, bit), b1 = _mm512_test_epi8_mask(top, _mm512_slli_epi16(bit, 1));
+            __m512i upper = _mm512_shuffle_epi8(t->level[2], c);
+            out[f] = _mm512_mask_shuffle_epi8(out[f], b0, t->level[1], c);
+            upper = _mm512_mask_shuffle_epi8(upper, b0, t->level[3], c);
+            out[f] = _mm512_mask_mov_epi8(out[f], b1, upper);
+        }
+    }
+}
+
+
+// ---- up to 4 tokens
+
+// sum += 16 x 4 products. As an intrinsic, gcc moves the many accumulators of the loops below back and forth to memory.
+FAST_INLINE void dot_add(__m512i *sum, __m512i w, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(w), "v"(x));
+}
+
+#define AHEAD 32768  // bytes; prefetches into L2 overlap with the arithmetic, those into L1 and the hardware's do not
+
+// sum[r][k] += the lanes of one pass for rows row .. row + rows and all tokens. scale: room for rows x (groups + 16).
+FAST_INLINE void stream_rows(const struct tables *t, const int bits, const int several, const struct tqw_pass *p,
+                             int64_t row, const int rows, const char *x, int64_t stride, const int tokens, float *scale,
+                             __m512 sum[4][4]) {
+    const uint8_t *packed = p->packed + row * t->row_bytes;
+    const int64_t room = round_up(t->groups, 16) + 16;
+    for (int r = 0; r < rows; r++)
+        for (int64_t g = 0; g < t->groups; g += 16) {
+            __mmask16 valid = t->groups - g >= 16 ? 0xffff : (__mmask16)((1 << (t->groups - g)) - 1);
+            __m256i half = _mm256_maskz_loadu_epi16(valid, p->scale + (row + r) * t->groups + g);
+            _mm512_storeu_ps(scale + r * room + g, _mm512_cvtph_ps(half));
+        }
+    // A missed scale stalls everything that follows it, so scales are fetched 8 steps ahead.
+    const char *scales = (const char *)(p->scale + row * t->groups);
+    for (int64_t bytes = rows * t->groups * 2, i = 0; i < bytes; i += 64) _mm_prefetch(scales + 8 * bytes + i, _MM_HINT_T0);
+    for (int64_t tile = 0; tile < t->tiles; tile++, x += t->tile + 128) {
+        int64_t at = several ? tile * t->per_tile : tile * t->tile / t->group;
+        __m512i w[4][2];
+        __m512 s[4];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *mine = packed + r * t->row_bytes;
+            decode(t, bits, mine, tile, w[r]);
+            _mm_prefetch((const char *)mine + tile * (bits == 8 ? 64 : 16 * bits) + AHEAD, _MM_HINT_T1);
+            const float *f = scale + r * room + at;
+            s[r] = several ? _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(f)), t->scale_of_lane) : _mm512_set1_ps(*f);
+        }
+        for (int k = 0; k < tokens; k++) {
+            const char *mine = x + k * stride;
+            __m512i x0 = _mm512_loadu_si512(mine), x1 = bits == 8 ? x0 : _mm512_loadu_si512(mine + 64);
+            __m512i start = _mm512_loadu_si512(mine + t->tile);
+            __m512 sx = _mm512_loadu_ps((const float *)(mine + t->tile + 64));
+            for (int r = 0; r < rows; r++) {
+                __m512i dot = start;
+                dot_add(&dot, w[r][0], x0);
+                if (bits != 8) dot_add(&dot, w[r][1], x1);
+                sum[r][k] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot), sx), s[r], sum[r][k]);
+            }
+        }
+    }
+}
+
+FAST_INLINE void few_tokens(const struct call *c, const struct tables *tables, int64_t row, const int rows,
+                            const int tokens, float *scale) {
+    const struct tqw_weight *w = c->w;
+    __m512 sum[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < tokens; k++) sum[r][k] = _mm512_setzero_ps();
+    for (int64_t pass = 0; pass < w->passes; pass++) {
+        const struct tqw_pass *p = &w->pass[pass];
+        const struct tables *t = &tables[pass];
+        const int set = c->set_of_pass[pass];
+        const char *x = c->activations[set];
+        switch (p->bits * 2 + (t->per_tile > 1)) {
+#define CASE(bits)                                                                                                     \
+    case bits * 2: stream_rows(t, bits, 0, p, row, rows, x, c->stride[set], tokens, scale, sum); break;                \
+    case bits * 2 + 1: stream_rows(t, bits, 1, p, row, rows, x, c->stride[set], tokens, scale, sum); break;
+            CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#undef CASE
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float b = c->bias ? load_one(c->bias, row + r, c->bias_dtype) : 0;
+        for (int k = 0; k < tokens; k++) store_one(c->y, k * w->out + row + r, _mm512_reduce_add_ps(sum[r][k]) + b, c->dtype);
+    }
+}
+
+FAST_INLINE void stream_item(const struct call *c, const struct tables *tables, int64_t row, int64_t end, const int rows,
+                             const int tokens, float *scale) {
+    for (; row + rows <= end; row += rows) few_tokens(c, tables, row, rows, tokens, scale);
+    for (; row < end; row++) few_tokens(c, tables, row, 1, tokens, scale);
+}
+
+FAST static int lanes_avx512(void *job, int64_t item) {
+    const struct call *c = job;
+    struct tables tables[MAX_PASSES];
+    for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
+    float *scale = malloc((size_t)(round_up(tables[0].groups, 16) + 16) * 16);
+    if (!scale) return NO_MEMORY;
+    int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    switch (c->tokens) {
+    case 1: stream_item(c, tables, row, end, 4, 1, scale); break;
+    case 2: stream_item(c, tables, row, end, 4, 2, scale); break;
+    case 3: stream_item(c, tables, row, end, 2, 3, scale); break;
+    case 4: stream_item(c, tables, row, end, 2, 4, scale); break;
+    }
+    free(scale);
+    return 0;
+}
+
+// ---- more tokens
+
+#define PANEL_ROWS 64
+#define PANEL_TILE 128
+#define PANEL_TOKENS 256
+
+FAST_INLINE void transpose(__m512i v[16]) {  // 16 x 16 int32
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        __m512i d = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), e = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, d), t[i + 1] = _mm512_unpackhi_epi64(a, d);
+        t[i + 2] = _mm512_unpacklo_epi64(b, e), t[i + 3] = _mm512_unpackhi_epi64(b, e);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+        __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88), e = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(a, d, 0x88), v[i + 8] = _mm512_shuffle_i32x4(a, d, 0xdd);
+        v[i + 4] = _mm512_shuffle_i32x4(b, e, 0x88), v[i + 12] = _mm512_shuffle_i32x4(b, e, 0xdd);
+    }
+}
+
+// Where int32 `d` of decoded vector `f` goes among the 32 steps of a tile: units of 32 codes, 8 steps each (`unit_order`).
+INLINE int step_of(int order, int f, int d) {
+    if (order == 2) return d / 4 * 8 + f * 4 + d % 4;
+    if (order == 4) return d % 8 / 2 * 8 + (2 * f + d / 8) * 2 + d % 2;
+    return (2 * f + d / 8) * 8 + d % 8;
+}
+
+// Codes of 16 rows and one tile -> panel[step][16 rows][4 codes], steps `pitch` bytes apart. Rows past the end repeat.
+FAST_INLINE void decode_panel(const struct tables *t, const int bits, const uint8_t *packed, int64_t rows, int64_t tile,
+                              uint8_t *panel, int64_t pitch) {
+    __m512i v[2][16];
+    int64_t codes = smaller(t->padded - tile * PANEL_TILE, PANEL_TILE);
+    for (int64_t r = 0; r < 16; r++) {
+        const uint8_t *row = packed + smaller(r, rows - 1) * t->row_bytes;
+        _mm_prefetch((const char *)row + (tile + 6) * 16 * bits, _MM_HINT_T1);
+        if (bits == 8) _mm_prefetch((const char *)row + (tile + 6) * 16 * bits + 64, _MM_HINT_T1);
+        if (bits == 4) {
+            v[0][r] = load512(row + tile * 64, codes / 2);
+        } else if (bits == 8) {
+            decode(t, bits, row, 2 * tile, &v[0][r]);
+            if (codes > 64) decode(t, bits, row, 2 * tile + 1, &v[1][r]);
+            else v[1][r] = _mm512_setzero_si512();
+        } else {
+            __m512i w[2];
+            decode(t, bits, row, tile, w);
+            v[0][r] = w[0], v[1][r] = w[1];
+        }
+    }
+    transpose(v[0]);
+    if (bits != 4) transpose(v[1]);
+    const __m512i fifteen = _mm512_set1_epi8(15);
+    for (int d = 0; d < 16; d++) {
+        __m512i low = v[0][d], high = v[1][d];
+        if (bits == 4) {
+            high = _mm512_shuffle_epi8(t->level[0], _mm512_and_si512(_mm512_srli_epi16(low, 4), fifteen));
+            low = _mm512_shuffle_epi8(t->level[0], _mm512_and_si512(low, fifteen));
+        }
+        _mm512_store_si512(panel + step_of(order_of(bits), 0, d) * pitch, low);
+        _mm512_store_si512(panel + step_of(order_of(bits), 1, d) * pitch, high);
+    }
+}
+
+// y[token][16 n rows] += scale[row] * sx[token] * (codes of one chunk . q[token]) for `m` tokens.
+FAST_INLINE void multiply(const uint8_t *panel, int64_t steps, const int n, const int m, const char *q, const float *sx,
+                          const int32_t *start, int64_t stride, const float *scale, float *y) {
+    __m512i dot[6][4];
+    for (int i = 0; i < m; i++) {
+        __m512i first = _mm512_set1_epi32(*(const int32_t *)((const char *)start + i * stride));
+        for (int j = 0; j < n; j++) dot[i][j] = first;
+    }
+    for (int64_t step = 0; step < steps; step++, panel += n * 64, q += 4) {
+        __m512i w[4];
+        for (int j = 0; j < n; j++) w[j] = _mm512_load_si512(panel + j * 64);
+        for (int i = 0; i < m; i++) {
+            __m512i x = _mm512_set1_epi32(*(const int32_t *)(q + i * stride));
+            for (int j = 0; j < n; j++) dot_add(&dot[i][j], w[j], x);
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        __m512 mine = _mm512_set1_ps(*(const float *)((const char *)sx + i * stride));
+        for (int j = 0; j < n; j++) {
+            float *at = y + (i * n + j) * 16;
+            __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scale + j * 16), mine);
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][j]), s, _mm512_loadu_ps(at)));
+        }
+    }
+}
+
+FAST_INLINE void multiply_tokens(const uint8_t *panel, int64_t steps, const int n, int64_t tokens, const char *q,
+                                 const float *sx, const int32_t *start, int64_t stride, const float *scale, float *y) {
+    const int m = 6;
+    int64_t i = 0;
+#define TIMES(m)                                                                                               \
+    multiply(panel, steps, n, m, q + i * stride, (const float *)((const char *)sx + i * stride),               \
+             (const int32_t *)((const char *)start + i * stride), stride, scale, y + i * n * 16)
+    for (; i + m <= tokens; i += m) TIMES(m);
+    switch (tokens - i) {
+    case 5: TIMES(5); break;
+    case 4: TIMES(4); break;
+    case 3: TIMES(3); break;
+    case 2: TIMES(2); break;
+    case 1: TIMES(1); break;
+    }
+#undef TIMES
+}
+
+// The scales of one group: float[16 n], rows past the end repeat.
+FAST_INLINE void panel_scales(const struct tqw_pass *p, const struct tables *t, int64_t row, int64_t rows, const int n,
+                              int64_t group, float *scale) {
+    uint16_t half[PANEL_ROWS];
+    for (int64_t r = 0; r < n * 16; r++) half[r] = p->scale[(row + smaller(r, rows - 1)) * t->groups + group];
+    for (int j = 0; j < n; j++)
+        _mm512_storeu_ps(scale + j * 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(half + j * 16))));
+}
+
+FAST_INLINE void panel_pass(const struct call *c, const struct tables *t, int64_t pass, const int bits, int64_t row,
+                            int64_t rows, const int n, int64_t token, int64_t tokens, uint8_t *panel, float *y) {
+    const struct tqw_pass *p = &c->w->pass[pass];
+    const int set = c->set_of_pass[pass];
+    const int64_t stride = c->stride[set], pitch = n * 64;
+    const char *q = c->activations[set] + token * stride;
+    const float *sx = (const float *)(q + c->w->padded);
+    const int32_t *start = (const int32_t *)(sx + c->chunks);
+    float scale[PANEL_ROWS] = {0};
+    int64_t group = -1;
+    for (int64_t first = 0; first < t->padded; first += PANEL_TILE) {
+        for (int j = 0; j < n; j++)
+            decode_panel(t, bits, p->packed + (row + j * 16) * t->row_bytes, rows - j * 16, first / PANEL_TILE,
+                         panel + j * 64, pitch);
+        for (int64_t k = first; k < smaller(first + PANEL_TILE, t->padded); k += c->chunk) {
+            if (k / t->group != group) panel_scales(p, t, row, rows, n, group = k / t->group, scale);
+            multiply_tokens(panel + (k - first) / 4 * pitch, c->chunk / 4, n, tokens, q + k, sx + k / c->chunk,
+                            start + k / c->chunk, stride, scale, y);
+        }
+    }
+}
+
+FAST_INLINE void store_panel(const struct call *c, int64_t row, int64_t rows, const int n, int64_t token, int64_t tokens,
+                             const float *y) {
+    float bias[PANEL_ROWS] = {0};
+    for (int64_t r = 0; c->bias && r < rows; r++) bias[r] = load_one(c->bias, row + r, c->bias_dtype);
+    for (int64_t i = 0; i < tokens; i++, y += n * 16) {
+        int64_t at = (token + i) * c->w->out + row;
+        for (int64_t r = 0; r < rows; r++) store_one(c->y, at + r, y[r] + bias[r], c->dtype);
+    }
+}
+
+FAST_INLINE void panel(const struct call *c, const struct tables *tables, int64_t row, int64_t rows, const int n,
+                       uint8_t *memory) {
+    float *y = (float *)(memory + PANEL_ROWS * PANEL_TILE);
+    for (int64_t token = 0; token < c->tokens; token += PANEL_TOKENS) {
+        int64_t tokens = smaller(c->tokens - token, PANEL_TOKENS);
+        memset(y, 0, (size_t)(tokens * n * 64));
+        for (int64_t pass = 0; pass < c->w->passes; pass++)
+            switch (c->w->pass[pass].bits) {
+#define CASE(bits) case bits: panel_pass(c, &tables[pass], pass, bits, row, rows, n, token, tokens, memory, y); break;
+                CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#undef CASE
+            }
+        store_panel(c, row, rows, n, token, tokens, y);
+    }
+}
+
+FAST static int panels_avx512(void *job, int64_t item) {
+    const struct call *c = job;
+    struct tables tables[MAX_PASSES];
+    for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
+    int64_t tokens = smaller(c->tokens, PANEL_TOKENS);
+    uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + tokens * 4)));
+    if (!memory) return NO_MEMORY;
+    int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    for (; end - row > 32; row += 64) panel(c, tables, row, smaller(end - row, 64), 4, memory);
+    for (; row < end; row += 16) panel(c, tables, row, smaller(end - row, 16), 1, memory);
+    free(memory);
+    return 0;
+}
+
+FAST static int prologue_avx512(void *job, int64_t token) { return prologue_body(job, token); }

@@ -1,0 +1,137 @@
+"""Second moments of the layers' inputs, one decoder layer at a time, as the quantized layers before it produce them.
+
+    M[name] = mean over tokens of x x^T        x: what weight `name` multiplies
+
+Only one layer's moments and one set of hidden states are in memory. The hidden states of all calibration sequences walk
+through the model in step with the quantization: layer i is run dense for its moments, then again, quantized, for the
+inputs of layer i + 1, so that each layer makes up for the errors before it (GPTQ, arXiv 2210.17323, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tqw.errors import TqwError
+from tqw.model import input_name, kind_of
+
+_BATCH = 8  # sequences
+
+
+class _Stop(Exception):
+    """Ends the capturing forward pass before the last layer."""
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's stack of layers: the ModuleList that holds the most weights and is in no other."""
+    stacks = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    outermost = {
+        n: m for n, m in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks if other != n)
+    }
+    if not outermost:
+        raise TqwError("expected a model with a list of layers for --method gptq, found none: use --method rtn")
+    name = max(outermost, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
+    return name, outermost[name]
+
+
+class LayerMoments:
+    """moment(name) -> float32 [in, in] for weights of the decoder layers, asked for in model order; None for others."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.prefix, self.layers = decoder_layers(model)
+        self.current = 0
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # of each batch: what each layer was given
+        self.moments: dict[str, Tensor] = {}
+        self.measured = -1
+        device = next(model.parameters()).device
+        for batch in ids.split(_BATCH):
+            self._capture(model, batch.to(device))
+
+    @torch.no_grad()
+    def _capture(self, model: nn.Module, batch: Tensor) -> None:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if not calls:
+                self.hidden.append(hidden)
+            calls.append((rest, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Stop
+
+        handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
+        try:
+            model(input_ids=batch, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(calls) != len(self.layers):
+            raise TqwError(
+                f"expected every layer of {self.prefix} to run once, {len(calls)} of {len(self.layers)} did: "
+                "use --method rtn"
+            )
+        self.calls.append(calls)
+
+    def _run(self, index: int) -> Iterator[Tensor]:
+        for hidden, calls in zip(self.hidden, self.calls, strict=True):
+            args, kwargs = calls[index]
+            output = self.layers[index](hidden, *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def _advance(self, index: int) -> None:
+        while self.current < index:
+            self.hidden = list(self._run(self.current))
+            self.current += 1
+
+    @torch.no_grad()
+    def _measure(self, index: int) -> None:
+        sums: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
+        with self._watched(index, sums, tokens):
+            for _ in self._run(index):
+                pass
+        self.moments = {key: total / tokens[key] for key, total in sums.items()}
+        self.measured = index
+
+    @contextmanager
+    def _watched(self, index: int, sums: dict[str, Tensor], tokens: dict[str, int]) -> Iterator[None]:
+        def add(key: str, x: Tensor) -> None:
+            flat = x.flatten(0, -2).float()
+            if len(flat):
+                product = flat.T @ flat
+                sums[key] = sums[key] + product if key in sums else product
+                tokens[key] = tokens.get(key, 0) + len(flat)
+
+        handles, seen = [], set()
+        for name, module in self.layers[index].named_modules(prefix=f"{self.prefix}.{index}"):
+            key = input_name(name)
+            if kind_of(module) in ("linear", "conv1d") and key not in seen:
+                seen.add(key)
+                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: add(key, args[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __call__(self, name: str) -> Tensor | None:
+        """name: of a module."""
+        head, _, rest = name.removeprefix(f"{self.prefix}.").partition(".")
+        if not name.startswith(f"{self.prefix}.") or not head.isdigit() or not rest:
+            return None
+        index = int(head)
+        if index != self.measured:
+            self._advance(index)
+            self._measure(index)
+        return self.moments.get(input_name(name))

@@ -1,0 +1,193 @@
+"""Error feedback: less output error than coding each weight by itself, in the same format; moments of the prefix."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny, token_ids
+
+import tqw
+from tqw import gptq
+from tqw.codebook import levels
+from tqw.config import QuantConfig
+from tqw.moments import LayerMoments, decoder_layers
+from tqw.packing import unpack
+from tqw.pretrained import quantize_pretrained
+from tqw.weight import choose_channel_scale, dequantize, quantize
+
+
+def correlated(tokens: int, features: int) -> torch.Tensor:
+    """Inputs of a layer as they are: few directions with most of the power, some channels large."""
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.randn(features // 4, features, generator=generator)
+    x = torch.randn(tokens, features // 4, generator=generator) @ basis + torch.randn(
+        tokens, features, generator=generator
+    )
+    return x * torch.linspace(0.2, 3, features)
+
+
+def case(out_features: int = 48, in_features: int = 160, **settings):
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(6)) * 0.05
+    x = correlated(600, in_features)
+    config = QuantConfig(**settings)
+    return weight, x, config, choose_channel_scale([weight], config)
+
+
+def error(weight: torch.Tensor, qw: tqw.QuantizedWeight, x: torch.Tensor) -> float:
+    return float(((dequantize(qw) - weight) @ x.T).square().sum())
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "3+2"])
+@pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
+def test_outputs_err_less(bits, rotation):
+    weight, x, config, scale = case(bits=bits, rotation=rotation, group_size=32)
+    moment = x.T @ x / len(x)
+    plain = quantize(weight, config, channel_scale=scale)
+    fed_back = gptq.quantize_with_feedback(weight, moment, config, scale, plain.rotation_matrix)
+    assert error(weight, fed_back, x) < 0.8 * error(weight, plain, x)
+    assert fed_back.nbytes() == plain.nbytes()
+    assert fed_back.bits == plain.bits
+    assert fed_back.group_size == plain.group_size
+
+
+@pytest.mark.parametrize("in_features", [100, 576])
+@pytest.mark.parametrize("out_features", [1, 17])
+def test_odd_shapes(in_features, out_features):
+    weight, x, config, scale = case(out_features, in_features)
+    moment = x.T @ x / len(x)
+    qw = gptq.quantize_with_feedback(weight, moment, config, scale)
+    assert qw.shape == weight.shape
+    assert error(weight, qw, x) < error(weight, quantize(weight, config, channel_scale=scale), x)
+
+
+def test_with_white_inputs_there_is_nothing_to_feed_back():
+    """S = I: columns do not meet, so without refits the codes are those of `quantize` itself."""
+    weight, _, config, scale = case(rotation="none")
+    scale = torch.full_like(scale, 0x3C)  # 1.0
+    before, gptq.REFITS = gptq.REFITS, 0
+    try:
+        qw = gptq.quantize_with_feedback(weight, torch.eye(160), config, scale)
+    finally:
+        gptq.REFITS = before
+    assert torch.equal(qw.packed[0], quantize(weight, config, channel_scale=scale).packed[0])
+
+
+def test_dead_inputs_and_few_samples_are_damped():
+    weight, x, config, scale = case()
+    x = x[:20]
+    x[:, 40:60] = 0
+    qw = gptq.quantize_with_feedback(weight, x.T @ x / len(x), config, scale)
+    assert torch.isfinite(dequantize(qw)).all()
+    assert (dequantize(qw) - weight).norm() < 0.5 * weight.norm()
+
+
+def test_moment_in_the_rotated_domain():
+    weight, x, config, scale = case()
+    qw = quantize(weight, config, channel_scale=scale)
+    transformed = tqw.weight.transform(x.double(), scale, qw.matrix(x.double()))
+    expected = transformed.T @ transformed / len(x)
+    rotated = gptq.rotated_moment(x.T @ x / len(x), scale, qw.matrix(x))
+    assert (rotated - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_feedback_factor_is_the_cholesky_factor_of_the_inverse():
+    x = correlated(300, 64).double()
+    moment = x.T @ x / len(x)
+    upper = gptq.feedback_factor(moment.float(), 0.0).double()
+    assert torch.equal(upper, upper.triu())
+    assert (upper.T @ upper @ moment - torch.eye(64)).abs().max() < 1e-3
+
+
+def test_scales_and_codes_stay_in_the_format():
+    weight, x, config, scale = case(bits="3")
+    qw = gptq.quantize_with_feedback(weight, x.T @ x / len(x), config, scale)
+    codes = unpack(qw.packed[0], 3, qw.group_size)
+    assert codes.max() < len(levels(3))
+    assert (qw.weight_scale[0] >= 0).all()
+    assert torch.isfinite(qw.weight_scale[0]).all()
+
+
+def test_different_rotations_are_refused():
+    weight, x, config, scale = case(bits="4+4", rotation_strategy="different")
+    with pytest.raises(tqw.TqwError, match="expected rotation_strategy 'shared' with method gptq"):
+        gptq.quantize_with_feedback(weight, x.T @ x, config, scale)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral"])
+def test_moments_are_those_of_the_quantized_prefix(name):
+    """Layer 0 reads what the float model gives it; layer 1 what the *quantized* layer 0 gives it."""
+    model = tiny(name)
+    ids = token_ids(4, 20)
+    prefix, layers = decoder_layers(model)
+    moments = LayerMoments(model, ids)
+    target = {"gpt2": "attn.c_attn"}.get(name, "self_attn.q_proj")
+    for index in range(len(layers)):
+        seen: list[torch.Tensor] = []
+        module = model.get_submodule(f"{prefix}.{index}.{target}")
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        handle.remove()
+        x = torch.cat(seen).flatten(0, -2)
+        expected = x.T @ x / len(x)
+        found = moments(f"{prefix}.{index}.{target}")
+        assert found is not None
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        tqw.quantize_model(layers[index], QuantConfig(bits=3, group_size=32))
+    assert moments("lm_head") is None
+
+
+def test_a_model_quantized_with_feedback_is_closer(tmp_path):
+    dense = tiny("llama")
+    dense.save_pretrained(tmp_path / "float")
+    outputs = {}
+    for method in ("rtn", "gptq"):
+        config = QuantConfig(bits=3, group_size=32)
+        quantize_pretrained(str(tmp_path / "float"), tmp_path / method, config, method=method, calibrate="random")
+        with torch.no_grad():
+            outputs[method] = tqw.load(tmp_path / method)(token_ids(8, 32)).logits
+    with torch.no_grad():
+        exact = dense(token_ids(8, 32)).logits
+    assert (outputs["gptq"] - exact).norm() < 0.95 * (outputs["rtn"] - exact).norm()
+
+
+def test_resuming_gives_the_same_model(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    source, config = str(tmp_path / "float"), QuantConfig(group_size=32)
+    quantize_pretrained(source, tmp_path / "whole", config, method="gptq", calibrate="random")
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if "layers.1" in stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_pretrained(
+            source, tmp_path / "parts", config, method="gptq", calibrate="random", progress=interrupt, shard_bytes=4096
+        )
+    quantize_pretrained(
+        source, tmp_path / "parts", config, method="gptq", calibrate="random", resume=True, shard_bytes=4096
+    )
+    whole, parts = (dict(tqw.load(tmp_path / name).named_parameters()) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "awq"}, "expected a method of rtn or gptq, got 'awq'"),
+        ({"method": "gptq", "calibrate": "none"}, "expected --calibrate self, random or a text file"),
+        ({"method": "gptq", "workers": 2}, "expected workers=1 with moments"),
+    ],
+)
+def test_wrong_options(options, message, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    with pytest.raises(tqw.TqwError, match=message):
+        quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", **{"calibrate": "random", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(tqw.TqwError, match="expected a model with a list of layers"):
+        decoder_layers(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(4, 4))))

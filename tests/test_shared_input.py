@@ -1,0 +1,127 @@
+"""Layers of one family: the outputs of each alone, bit for bit, whatever the order of calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tqw
+from tqw.kernels import cpu
+from tqw.layer import QuantizedLinear
+from tqw.model import share_inputs
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(128, 96), nn.Linear(128, 32), nn.Linear(128, 32, bias=False)
+
+
+def family(**settings) -> Attention:
+    torch.manual_seed(0)
+    model = Attention()
+    tqw.quantize_model(model, tqw.QuantConfig(**settings))
+    return model
+
+
+def alone(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    return cpu.linear(x, layer.quantized_weight, layer.bias)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of layers of every call for a family."""
+    counts: list[int] = []
+    original = cpu.linears
+
+    def counting(x, weights, biases):
+        counts.append(len(weights))
+        return original(x, weights, biases)
+
+    monkeypatch.setattr(cpu, "linears", counting)
+    return counts
+
+
+@pytest.mark.parametrize("bits", ["4", "3", "4+4"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_layers_one_call(computed, bits, tokens, dtype):
+    model, x = family(bits=bits), torch.randn(1, tokens, 128).to(dtype)
+    with torch.inference_mode():
+        for layer in (model.q_proj, model.k_proj, model.v_proj):
+            assert torch.equal(layer(x), alone(layer, x))
+    assert computed == [3]
+
+
+def test_an_output_serves_only_the_tensor_it_was_made_of(computed):
+    model, x = family(), torch.randn(1, 128)
+    with torch.no_grad():
+        model.q_proj(x)
+        other = torch.randn(1, 128)
+        assert torch.equal(model.k_proj(other), alone(model.k_proj, other))
+        model.q_proj(x)
+        x.mul_(2)
+        assert torch.equal(model.k_proj(x), alone(model.k_proj, x))
+        assert torch.equal(model.k_proj(x), alone(model.k_proj, x))
+
+
+def test_layers_that_never_share_stop_trying(computed):
+    model = family()
+    with torch.no_grad():
+        for _ in range(30):
+            for layer in (model.q_proj, model.k_proj):
+                x = torch.randn(1, 128)
+                assert torch.equal(layer(x), alone(layer, x))
+    assert len(computed) < 12
+
+
+def test_gradients_long_inputs_and_wrong_shapes_go_the_usual_way(computed):
+    model = family()
+    x = torch.randn(1, 128, requires_grad=True)
+    model.q_proj(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        model.q_proj(torch.randn(64, 128))
+        with pytest.raises(tqw.TqwError, match=r"expected an input \[..., 128\]"):
+            model.q_proj(torch.randn(1, 64))
+    assert computed == []
+
+
+def test_replaced_parameters_are_seen():
+    model, x = family(), torch.randn(1, 128)
+    with torch.no_grad():
+        model.q_proj(x)
+        old = model.k_proj.channel_scale
+        model.k_proj.channel_scale = nn.Parameter(old + 4, requires_grad=False)
+        for layer in (model.q_proj, model.k_proj, model.v_proj):
+            x = torch.randn(1, 128)
+            model.q_proj(x)
+            assert torch.equal(layer(x), alone(layer, x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_families_of_their_own(computed, duplicate):
+    model, x = family(), torch.randn(1, 128)
+    with torch.no_grad():
+        expected = model.q_proj(x)
+        other = duplicate(model)
+        computed.clear()
+        assert torch.equal(other.q_proj(x), expected)
+        other.k_proj(x), other.v_proj(x)
+    assert computed == [3]
+    assert other.q_proj.__dict__["_shared_input"].layers[0] is other.q_proj
+
+
+def test_different_widths_are_not_computed_together(computed):
+    model = family()
+    model.k_proj = QuantizedLinear.from_linear(nn.Linear(128, 32), tqw.QuantConfig(bits=5))
+    share_inputs(model)
+    x = torch.randn(1, 128)
+    with torch.no_grad():
+        for layer in (model.q_proj, model.k_proj, model.v_proj):
+            assert torch.equal(layer(x), alone(layer, x))
+    assert computed == []

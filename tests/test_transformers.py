@@ -1,0 +1,141 @@
+"""from_pretrained and back: bit-identical logits for every architecture, and one clear sentence for every mistake.
+
+`make test-matrix` runs this file with the oldest, the last of the first hook generation, and the newest transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import tiny, token_ids
+from transformers import AutoModelForCausalLM
+
+import tqw
+
+ARCHITECTURES = ("llama", "tied", "odd", "gpt2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "hybrid", "vlm")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_quantize_save_load_is_bit_identical(name, dtype, tmp_path):
+    dense = tiny(name).to(dtype)
+    dense.save_pretrained(tmp_path / "float")
+    config = tqw.TransformersConfig(bits=4, calibrate="random")
+    model = type(dense).from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
+    expected = logits(model)
+    assert any(isinstance(module, tqw.QuantizedLinear) for module in model.modules())
+    assert 0 < (expected - logits(dense)).abs().max() < 0.5 * expected.abs().max()
+    model.save_pretrained(tmp_path / "quantized")
+    again, loading = type(dense).from_pretrained(tmp_path / "quantized", dtype=dtype, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(again), expected)
+    again.save_pretrained(tmp_path / "resaved")
+    assert torch.equal(logits(type(dense).from_pretrained(tmp_path / "resaved", dtype=dtype)), expected)
+    assert torch.equal(logits(tqw.load(tmp_path / "quantized")), expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": "3"}, {"bits": "4+4"}, {"rotation": "qr"}, {"lm_head": 8, "embedding": 8}]
+)
+def test_a_directory_that_tqw_wrote(settings, tmp_path):
+    tiny("tied").save_pretrained(tmp_path / "float")
+    tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", tqw.QuantConfig(**settings), calibrate="random")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), logits(tqw.load(tmp_path / "out")))
+
+
+def test_generate_and_dequantize(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=tqw.TransformersConfig(bits=8, calibrate="none")
+    )
+    assert model.generate(token_ids(1), max_new_tokens=5, do_sample=False).shape[1] <= 12 + 5
+    before = logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, tqw.QuantizedLinear) for module in dense.modules())
+    assert (logits(dense) - before).abs().max() < 0.1 * before.abs().max()
+
+
+def test_a_stored_model_on_a_device_map_with_disk(tmp_path):
+    dense = tiny("llama")
+    dense.save_pretrained(tmp_path / "float")
+    config = tqw.TransformersConfig(bits=4, calibrate="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "out")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(logits(offloaded), logits(model))
+    with pytest.raises(tqw.TqwError, match="expected a device_map without disk to quantize while loading"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "float", quantization_config=config, device_map=places, offload_folder=tmp_path / "offload2"
+        )
+
+
+@pytest.mark.parametrize("first", ["tqw", "transformers"])
+def test_the_order_of_imports_does_not_matter(first, tmp_path):
+    second = {"tqw": "transformers", "transformers": "tqw"}[first]
+    tiny("llama").save_pretrained(tmp_path)
+    script = (
+        f"import {first}, {second}, sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, quantization_config=tqw.TransformersConfig(bits=4, "
+        "calibrate='none'))\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'tqw' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_forgotten_import_is_an_error_and_never_random_weights(tmp_path):
+    """Codes are stored under the name `weight` in another shape, so the loader itself refuses."""
+    tiny("llama").save_pretrained(tmp_path / "float")
+    tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none")
+    script = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path / 'out')!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "mismatch" in result.stderr
+    assert "Unknown quantization type, got tqw" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 7}, "expected bits"),
+        ({"bits": 4, "calibrate": "text.txt"}, "expected calibrate to be one of self, random, none here"),
+        ({"group": 64}, "expected the keys"),
+        ({"format_version": 99}, "expected format_version 1, got 99: upgrade tqw"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(tqw.TqwError, match=message):
+        tqw.TransformersConfig(**settings)
+
+
+def test_a_newer_format_is_refused_at_load(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["format_version"] = 99
+    file.write_text(json.dumps(config))
+    with pytest.raises(tqw.TqwError, match="expected format_version 1, got 99: upgrade tqw"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_version_under_test_is_named():
+    """The matrix greps for this line."""
+    print(f"transformers {transformers.__version__}")  # noqa: T201
