@@ -28,8 +28,8 @@ from tqw.weight import dequantize, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-PEER_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048)
-PEER_SECONDS = 40  # for one peer and shape: some tune themselves for minutes
+PEER_TOKENS = (1, 8, 16, 32, 64, 512)
+PEER_SECONDS = 15  # for one peer and shape: some tune themselves for minutes
 GROUP = 128
 
 

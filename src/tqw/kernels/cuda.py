@@ -427,7 +427,9 @@ class _Ready:
     def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
         self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
         self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
-        self.size, self.plans = dtype.itemsize, {}
+        self.size = dtype.itemsize
+        self.plans: dict[int, _Plan | None] = {}
+        self.dequantize: dict[int, _Launch] = {}  # by rows
 
     def plan(self, tokens: int) -> _Plan | None:
         if tokens not in self.plans:
@@ -469,31 +471,33 @@ def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
     return ready
 
 
-def _dense_rows(
-    qw: QuantizedWeight, first: int, rows: int, dtype: torch.dtype, out: Tensor, ids: Tensor | None = None
-) -> None:
+@lru_cache(maxsize=4096)
+def _dequantize_launch(variant: Variant, rows: int, device: _Device) -> _Launch:
+    across = -(-variant.padded_in // variant.block // 4)
+    down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
+    return _Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
+
+
+def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor | None = None) -> None:
     """out[r] = dense[first + r], or dense[ids[r]]: [rows, in]; for `qr` rows of V, [rows, padded_in]."""
-    device = _device(out.device.index)
-    params = _params(qw, out.shape[1])
+    params = _Params.from_buffer_copy(ready.params)
     params.y, params.first_row, params.tokens = out.data_ptr(), first, rows
     params.ids = None if ids is None else ids.data_ptr()
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
-    variant = _variant(qw, dtype)
-    function = _function(variant, "tqw_dequantize", device)
-    across = -(-qw.padded_in // variant.block // 4)
-    down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
-    _Launch(function, (across, down), 128, 0, device)(params)
+    if rows not in ready.dequantize:
+        ready.dequantize[rows] = _dequantize_launch(ready.base, rows, ready.device)
+    ready.dequantize[rows](params)
 
 
-def _many(x: Tensor, y: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> None:
+def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
     """y = x dense^T + b by slices of rows: for many tokens cuBLAS is the best user of the tensor cores."""
     step = max(256, _SLICE_BYTES // (x.shape[1] * x.element_size()) // 256 * 256)
-    slices = -(-qw.out_features // step)
-    step = -(-qw.out_features // slices // 256) * 256
-    dense = torch.empty(min(step, qw.out_features), x.shape[1], dtype=x.dtype, device=x.device)
-    for first in range(0, qw.out_features, step):
-        rows = min(step, qw.out_features - first)
-        _dense_rows(qw, first, rows, x.dtype, dense)
+    slices = -(-ready.out // step)
+    step = -(-ready.out // slices // 256) * 256
+    dense = torch.empty(min(step, ready.out), x.shape[1], dtype=x.dtype, device=x.device)
+    for first in range(0, ready.out, step):
+        rows = min(step, ready.out - first)
+        _dense_rows(ready, first, rows, dense)
         torch.mm(x, dense[:rows].T, out=y[:, first : first + rows])
     if bias is not None:
         y += bias
@@ -512,7 +516,7 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
         return y
     chunk = _chunk(ready, tokens) if tokens < _DENSE_TOKENS else None
     if chunk is None:
-        _many(x, y, qw, bias)
+        _many(x, y, ready, bias)
         return y
     for first in range(0, tokens, chunk):
         rows = slice(first, min(first + chunk, tokens))
@@ -567,7 +571,7 @@ def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     y = torch.empty(flat.shape[0], qw.in_features, dtype=dtype, device=qw.device)
     if flat.shape[0]:
         with torch.cuda.device(qw.device):
-            _dense_rows(qw, 0, flat.shape[0], dtype, y, flat)
+            _dense_rows(_ready(qw, y), 0, flat.shape[0], y, flat)
     return y.view(*ids.shape, qw.in_features)
 
 

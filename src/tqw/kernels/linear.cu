@@ -434,6 +434,7 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 
 static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
 
+#ifndef COLUMNS
 // A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and leave their sums in shared
 // memory, which one barrier for every p.batch strips adds up (two buffers: no second barrier). Each lane keeps DEPTH
 // tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
@@ -539,6 +540,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #endif
   }
 }
+#endif
 
 // ----------------------------------------------------------------------------------------- dense = (V H) * a, by rows
 
@@ -716,6 +718,7 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
   }
 }
 
+#ifndef COLUMNS  // a module of middle.cu has only its own kernels
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
 extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
     tqw_dequantize(const __grid_constant__ Params p) {
@@ -729,3 +732,4 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
   else
     dequantize_block<false>(p, k, shared[warp]);
 }
+#endif
