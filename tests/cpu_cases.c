@@ -80,6 +80,8 @@ static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const i
     double *exact = exactly(tokens * out * 8), *bound = exactly(tokens * out * 8), *t = exactly(w.padded * 8);
     for (int64_t token = 0; token < tokens; token++) {
         for (int64_t k = 0; k < w.padded; k++) t[k] = rotated(&w, channel, wide + token * in, k);
+        int64_t width = 0;
+        for (int64_t pass = 0; pass < w.passes; pass++) width += w.pass[pass].bits;
         for (int64_t row = 0; row < out; row++) {
             double sum = bias[row], size = 0, error = 0;
             for (int64_t pass = 0; pass < w.passes; pass++)
@@ -91,7 +93,7 @@ static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const i
                         sum += v * t[k], size += fabs(v * t[k]);
                         magnitude += fabs(v), largest = fmax(largest, fabs(t[k]));
                     }
-                    error += largest / 254 * magnitude;
+                    error += largest / 254 * magnitude / (width >= TWO_PLANES_FROM ? 254 : 1);
                 }
             double unit = dtype == FLOAT32 ? 0x1p-24 : dtype == BFLOAT16 ? 0x1p-9 : 0x1p-12;
             exact[token * out + row] = sum;

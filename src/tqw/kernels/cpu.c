@@ -1,6 +1,7 @@
 // y = T(x) V^T + b on the CPU, from the stored layout. Plain C ABI: loaded by cpu.py through ctypes.
 //
-//   T(x)[c] ~= sx[c] * q[c]      q int8, one scale for each chunk c of 32, 64 or 128 inputs
+//   T(x)[c] ~= sx[c] * q[c]      q int8, one scale for each chunk c of 32, 64 or 128 inputs; for weights of 6 bits and more
+//                                the rest is quantized once more, and both planes are multiplied like two tokens
 //   y[n]     = sum over chunks   weight_scale[n, group of c] * sx[c] * sum_k level[code[n, k]] * q[k]
 //
 // The inner sum is exact in int32. AVX-512 VNNI has its own kernels for few tokens (one pass over the packed bytes)
@@ -28,7 +29,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_PASSES 4
 #define MAX_FAMILY 8
-#define STREAM_TOKENS 4  // AVX-512: up to here rows are streamed, beyond them panels are multiplied
+#define STREAM_COLUMNS 4     // AVX-512: up to here rows are streamed, beyond them panels are multiplied
+#define TWO_PLANES_FROM 6    // bits of all passes: from here on one plane's rounding would cost more than the weights'
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NONE, HADAMARD, QR };
@@ -174,7 +176,7 @@ struct call {
     const struct tqw_weight *w;
     const void *x, *bias;
     void *y;
-    int64_t tokens;
+    int64_t tokens, planes, columns;  // columns = tokens * planes: vectors that are multiplied
     int dtype, bias_dtype, layout, isa;
     int64_t chunk, chunks;
     int64_t rows_per_item;
@@ -262,7 +264,8 @@ INLINE void transform_block(const struct call *c, const uint8_t *channel, const 
 }
 
 // q = round(v / sx), sx = max |v| / 127. A NaN or infinity anywhere makes sx NaN, and with it the whole output.
-INLINE float quantize_chunk(const v16f *v, int count, int8_t *q) {
+// With `rest`, v becomes what the rounding left over.
+INLINE float quantize_chunk(v16f *v, int count, int8_t *q, int rest) {
     v16u largest = {0};
     for (int i = 0; i < count; i++) {
         v16u magnitude = (v16u)v[i] & 0x7fffffff;  // as integers, magnitudes order like floats, NaN above all
@@ -280,6 +283,7 @@ INLINE float quantize_chunk(const v16f *v, int count, int8_t *q) {
         v16i rounded = (v16i)(v[i] * inverse + magic) - (v16i)magic;
         if (!finite) rounded = (v16i){0};
         *(v16b *)(q + i * 16) = __builtin_convertvector(rounded, v16b);
+        if (rest && inverse) v[i] -= __builtin_convertvector(rounded, v16f) * (top.f / 127);
     }
     return !finite ? NAN : inverse ? top.f / 127 : 0;
 }
@@ -345,13 +349,12 @@ INLINE int prologue_body(struct call *c, int64_t token) {
     const struct tqw_weight *w = c->w;
     float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
     const char *x = (const char *)c->x + token * w->in * (c->dtype == FLOAT32 ? 4 : 2);
-    int8_t *q = malloc((size_t)(w->padded + 128 + c->chunks * 4));
+    const int64_t size = round_up(w->padded + 128 + c->chunks * 4, 64);  // of one plane: q, zeros for tiles past the end, sx
+    int8_t *q = calloc(1, (size_t)(size * c->planes));
     if (!q) return NO_MEMORY;
-    memset(q + w->padded, 0, 128);  // tiles may reach past the end
-    float *sx = (float *)(q + w->padded + 128);
     v16f v[8];
     for (int set = 0; set < c->sets; set++) {
-        char *out = c->activations[set] + token * c->stride[set];
+        char *out = c->activations[set] + token * c->planes * c->stride[set];
         if (set == 0 || c->channel[set] != c->channel[set - 1])
             for (int64_t start = 0; start < w->padded; start += w->block) {
                 transform_block(c, c->channel[set], x, start, v);
@@ -360,15 +363,23 @@ INLINE int prologue_body(struct call *c, int64_t token) {
                     continue;
                 }
                 for (int64_t i = 0; i < w->block; i += c->chunk)
-                    sx[(start + i) / c->chunk] = norm * quantize_chunk(v + i / 16, (int)c->chunk / 16, q + start + i);
+                    for (int64_t plane = 0; plane < c->planes; plane++) {
+                        int8_t *to = q + plane * size;
+                        ((float *)(to + w->padded + 128))[(start + i) / c->chunk] =
+                            norm * quantize_chunk(v + i / 16, (int)c->chunk / 16, to + start + i, plane + 1 < c->planes);
+                    }
             }
-        if (c->layout == NATURAL) {
-            memcpy(out, q, (size_t)w->padded);
-            memcpy(out + w->padded, sx, (size_t)c->chunks * 4);
-        } else if (c->layout == LANES) {
-            arrange_lanes(c, q, sx, out, c->order[set]);
-        } else if (c->layout == COLUMNS) {
-            arrange_columns(c, q, sx, out, c->order[set]);
+        for (int64_t plane = 0; plane < c->planes && c->layout != FLOATS; plane++, out += c->stride[set]) {
+            const int8_t *from = q + plane * size;
+            const float *sx = (const float *)(from + w->padded + 128);
+            if (c->layout == NATURAL) {
+                memcpy(out, from, (size_t)w->padded);
+                memcpy(out + w->padded, sx, (size_t)c->chunks * 4);
+            } else if (c->layout == LANES) {
+                arrange_lanes(c, from, sx, out, c->order[set]);
+            } else {
+                arrange_columns(c, from, sx, out, c->order[set]);
+            }
         }
     }
     free(q);
@@ -488,12 +499,12 @@ INLINE float sum_eight(v8f v) {
 INLINE int rows_body(struct call *c, int64_t item, dot_function dot) {
     const struct tqw_weight *w = c->w;
     const int64_t groups = w->padded / w->group;
-    int8_t *levels = malloc((size_t)(w->padded + (groups + 8 * c->tokens) * 4));
+    int8_t *levels = malloc((size_t)(w->padded + (groups + 8 * c->columns) * 4));
     if (!levels) return NO_MEMORY;
     float *scale = (float *)(levels + w->padded);
     v8f *total = (v8f *)(scale + groups);
     for (int64_t row = item * c->rows_per_item; row < smaller((item + 1) * c->rows_per_item, w->out); row++) {
-        memset(total, 0, (size_t)c->tokens * sizeof *total);
+        memset(total, 0, (size_t)c->columns * sizeof *total);
         for (int64_t pass = 0; pass < w->passes; pass++) {
             const struct tqw_pass *p = &w->pass[pass];
             const int64_t stride = c->stride[c->set_of_pass[pass]];
@@ -501,11 +512,15 @@ INLINE int rows_body(struct call *c, int64_t item, dot_function dot) {
             expand_row(w, p, row, levels);
             for (int64_t g = 0; g < groups; g++) scale[g] = half_to_float(p->scale[row * groups + g]);
             int64_t t = 0;
-            for (; t + 4 <= c->tokens; t += 4) row_times_tokens(c, levels, scale, x + t * stride, stride, 4, dot, total + t);
-            for (; t < c->tokens; t++) row_times_tokens(c, levels, scale, x + t * stride, stride, 1, dot, total + t);
+            for (; t + 4 <= c->columns; t += 4) row_times_tokens(c, levels, scale, x + t * stride, stride, 4, dot, total + t);
+            for (; t < c->columns; t++) row_times_tokens(c, levels, scale, x + t * stride, stride, 1, dot, total + t);
         }
         float b = c->bias ? load_one(c->bias, row, c->bias_dtype) : 0;
-        for (int64_t t = 0; t < c->tokens; t++) store_one(c->y, t * w->out + row, sum_eight(total[t]) + b, c->dtype);
+        for (int64_t t = 0; t < c->tokens; t++) {
+            v8f sum = total[t * c->planes];
+            if (c->planes == 2) sum += total[t * 2 + 1];
+            store_one(c->y, t * w->out + row, sum_eight(sum) + b, c->dtype);
+        }
     }
     free(levels);
     return 0;
@@ -664,7 +679,7 @@ static int64_t plan_activations(struct call *c) {
             c->channel[set] = p->channel;
             c->order[set] = order;
             c->stride[set] = token_bytes(c, order);
-            total += c->stride[set] * c->tokens;
+            total += c->stride[set] * c->columns;
             c->sets++;
         }
         c->set_of_pass[pass] = set;
@@ -704,7 +719,11 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     struct call *first = &f.members[0];
     *first = (struct call){.w = w[0], .x = x, .tokens = tokens, .dtype = (int)dtype, .bias_dtype = (int)bias_dtype,
                            .isa = (int)isa};
-    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : tokens <= STREAM_TOKENS ? LANES : COLUMNS;
+    int64_t bits = 0;
+    for (int64_t pass = 0; pass < w[0]->passes; pass++) bits += w[0]->pass[pass].bits;
+    first->planes = !exact && bits >= TWO_PLANES_FROM ? 2 : 1;
+    first->columns = tokens * first->planes;
+    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
     first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
     first->chunks = w[0]->padded / first->chunk;
     choose_functions(first, (int)exact);
@@ -713,7 +732,7 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     if (!memory) return NO_MEMORY;
     for (int set = 0; set < first->sets; set++) {
         first->activations[set] = at;
-        at += first->stride[set] * tokens;
+        at += first->stride[set] * first->columns;
     }
     for (int64_t i = count; i-- > 0;) {
         f.members[i] = *first;

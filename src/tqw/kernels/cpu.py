@@ -3,6 +3,8 @@
     y[n] = sum over chunks of weight_scale[n, group] * sx[chunk] * sum_k level[code[n, k]] * q[k] + b[n]
     q    = round(T(x) / sx),  sx = max |T(x)| / 127 over the chunk
 
+For weights of 6 bits and more (all passes together) what that rounding leaves is quantized and multiplied too.
+
 cpu.c is built with the package where there is a C compiler (setup.py) and loaded here with ctypes on first use.
 Two environment variables are for tests and ablations: TQW_CPU_ISA (portable, neon, avx2, avxvnni, avx512) picks a
 lesser instruction set, TQW_CPU_ACTIVATIONS=float keeps the activations in float32.

@@ -179,7 +179,7 @@ FAST_INLINE void few_tokens(const struct call *c, const struct tables *tables, i
     const struct tqw_weight *w = c->w;
     __m512 sum[4][4];
     for (int r = 0; r < rows; r++)
-        for (int k = 0; k < tokens; k++) sum[r][k] = _mm512_setzero_ps();
+        for (int k = 0; k < 4; k++) sum[r][k] = _mm512_setzero_ps();
     for (int64_t pass = 0; pass < w->passes; pass++) {
         const struct tqw_pass *p = &w->pass[pass];
         const struct tables *t = &tables[pass];
@@ -195,7 +195,11 @@ FAST_INLINE void few_tokens(const struct call *c, const struct tables *tables, i
     }
     for (int r = 0; r < rows; r++) {
         float b = c->bias ? load_one(c->bias, row + r, c->bias_dtype) : 0;
-        for (int k = 0; k < tokens; k++) store_one(c->y, k * w->out + row + r, _mm512_reduce_add_ps(sum[r][k]) + b, c->dtype);
+        for (int k = 0; k < c->tokens; k++) {
+            __m512 total = sum[r][k * c->planes];
+            if (c->planes == 2) total = _mm512_add_ps(total, sum[r][k * 2 + 1]);
+            store_one(c->y, k * w->out + row + r, _mm512_reduce_add_ps(total) + b, c->dtype);
+        }
     }
 }
 
@@ -212,7 +216,7 @@ FAST static int lanes_avx512(void *job, int64_t item) {
     float *scale = malloc((size_t)(round_up(tables[0].groups, 16) + 16) * 16);
     if (!scale) return NO_MEMORY;
     int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
-    switch (c->tokens) {
+    switch (c->columns) {
     case 1: stream_item(c, tables, row, end, 4, 1, scale); break;
     case 2: stream_item(c, tables, row, end, 4, 2, scale); break;
     case 3: stream_item(c, tables, row, end, 2, 3, scale); break;
@@ -365,17 +369,18 @@ FAST_INLINE void store_panel(const struct call *c, int64_t row, int64_t rows, co
                              const float *y) {
     float bias[PANEL_ROWS] = {0};
     for (int64_t r = 0; c->bias && r < rows; r++) bias[r] = load_one(c->bias, row + r, c->bias_dtype);
-    for (int64_t i = 0; i < tokens; i++, y += n * 16) {
-        int64_t at = (token + i) * c->w->out + row;
-        for (int64_t r = 0; r < rows; r++) store_one(c->y, at + r, y[r] + bias[r], c->dtype);
+    for (int64_t i = 0; i < tokens; i += c->planes, y += c->planes * n * 16) {
+        int64_t at = (token + i) / c->planes * c->w->out + row;
+        const float *rest = c->planes == 2 ? y + n * 16 : NULL;
+        for (int64_t r = 0; r < rows; r++) store_one(c->y, at + r, y[r] + (rest ? rest[r] : 0) + bias[r], c->dtype);
     }
 }
 
 FAST_INLINE void panel(const struct call *c, const struct tables *tables, int64_t row, int64_t rows, const int n,
                        uint8_t *memory) {
     float *y = (float *)(memory + PANEL_ROWS * PANEL_TILE);
-    for (int64_t token = 0; token < c->tokens; token += PANEL_TOKENS) {
-        int64_t tokens = smaller(c->tokens - token, PANEL_TOKENS);
+    for (int64_t token = 0; token < c->columns; token += PANEL_TOKENS) {
+        int64_t tokens = smaller(c->columns - token, PANEL_TOKENS);
         memset(y, 0, (size_t)(tokens * n * 64));
         for (int64_t pass = 0; pass < c->w->passes; pass++)
             switch (c->w->pass[pass].bits) {
@@ -391,7 +396,7 @@ FAST static int panels_avx512(void *job, int64_t item) {
     const struct call *c = job;
     struct tables tables[MAX_PASSES];
     for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
-    int64_t tokens = smaller(c->tokens, PANEL_TOKENS);
+    int64_t tokens = smaller(c->columns, PANEL_TOKENS);
     uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + tokens * 4)));
     if (!memory) return NO_MEMORY;
     int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
