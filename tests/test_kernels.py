@@ -133,3 +133,26 @@ def test_embedding_returns_dense_rows():
     torch.testing.assert_close(kernels.embedding(ids, qw, torch.float32), dequantize(qw)[ids], rtol=1e-5, atol=1e-6)
     assert kernels.embedding(ids, qw, torch.float16).dtype == torch.float16
     assert kernels.embedding(ids[:0], qw, torch.float32).shape == (0, 2, 96)
+
+
+def test_whoever_watches_sees_the_op():
+    """Eager calls skip the dispatcher, but never one that a mode, a trace or a transform looks at."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    qw, x = make(), torch.randn(3, 100)
+    with torch.no_grad():
+        plain = kernels.linear(x, qw)
+        with Watch():
+            watched = kernels.linear(x, qw)
+        graph = make_fx(lambda t: kernels.linear(t, qw))(x)
+    assert "tqw.linear.default" in seen
+    assert torch.equal(plain, watched)
+    assert any("tqw.linear" in str(node.target) for node in graph.graph.nodes)
