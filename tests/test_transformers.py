@@ -107,8 +107,8 @@ def test_forgotten_import_is_an_error_and_never_random_weights(tmp_path):
     script = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path / 'out')!r})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "mismatch" in result.stderr
-    assert "Unknown quantization type, got tqw" in result.stderr
+    assert "mismatch" in result.stderr, result.stderr
+    assert "Unknown quantization type, got tqw" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
