@@ -103,7 +103,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
-        return attached(self, self.rotation)
+        return kept_weight(self, self.rotation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer that this one computes."""
@@ -125,7 +125,7 @@ class QuantizedLinear(nn.Linear):
             output = shared.output(self, input)
             if output is not None:
                 return output
-        return kernels.linear(input, kept_weight(self, self.rotation), self.bias)
+        return kernels.linear(input, self.quantized_weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(
@@ -145,15 +145,9 @@ def keeping_format(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callabl
     return apply
 
 
-def weight_of(layer: nn.Module) -> QuantizedWeight:
-    """The kept weight of a quantized linear layer."""
-    assert isinstance(layer, QuantizedLinear), "families consist of quantized linear layers"
-    return kept_weight(layer, layer.rotation)
-
-
 def share_input(layers: Sequence[QuantizedLinear]) -> None:
     """Let layers that read the same input be computed together."""
-    shared = SharedInput(layers, weight_of)
+    shared = SharedInput(layers)
     for layer in layers:
         layer.__dict__["_shared_input"] = shared
 
@@ -174,7 +168,7 @@ class QuantizedEmbedding(nn.Embedding):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
-        return attached(self, self.rotation)
+        return kept_weight(self, self.rotation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """The dense layer that this one computes."""
@@ -188,7 +182,7 @@ class QuantizedEmbedding(nn.Embedding):
         return super()._apply(keeping_format(self, fn), recurse)
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.embedding(input, kept_weight(self, self.rotation), self.output_dtype)
+        return kernels.embedding(input, self.quantized_weight, self.output_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, " + _describe(self.quantized_weight)

@@ -41,7 +41,7 @@ GPTQ_EXPONENT = 0.25
 _GPTQ_SEQUENCES, _GPTQ_LENGTH = 32, 256
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".py")
 _WRITTEN_HERE = ("config.json", "generation_config.json", "README.md", REPORT)
-_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
+QUANTIZED_LAYERS = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
 
 
 def _version() -> str:
@@ -125,7 +125,7 @@ def save(
     """
     with CheckpointWriter(Path(out), fingerprint="") as writer:
         for name, module in model.named_modules():
-            if isinstance(module, _QUANTIZED) and not _is_tied_head(model, module):
+            if isinstance(module, QUANTIZED_LAYERS) and not _is_tied_head(model, module):
                 writer.add({k: t for k, t in stored_tensors(name, module).items() if not writer.has(k)})
         _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, None, calibrate)
@@ -175,14 +175,16 @@ def method_options(method: str, model: nn.Module, ids: Tensor | None) -> dict[st
     return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
 
 
+def stored_name(name: str, tensor: Tensor) -> str:
+    """A parameter's name in a checkpoint: its own, but for the `qr` matrix that layers of one block size share."""
+    return f"{STORED_MATRIX}.{tensor.shape[0]}" if name.endswith(ROTATION_MATRIX) else name
+
+
 def stored_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
     """Tensors of one module under their checkpoint names; a `qr` matrix goes under its block size, once for all."""
     tensors = {}
     for key, tensor in module.state_dict().items():
-        if key.endswith(ROTATION_MATRIX):
-            tensors[f"{STORED_MATRIX}.{tensor.shape[0]}"] = tensor
-        else:
-            tensors[f"{name}.{key}"] = tensor
+        tensors[stored_name(f"{name}.{key}", tensor)] = tensor
     return tensors
 
 
@@ -290,10 +292,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         for key, tensor in local:
             if tensor is None or key in module._non_persistent_buffers_set:
                 continue
-            if key.endswith(ROTATION_MATRIX):
-                yield f"{STORED_MATRIX}.{tensor.shape[0]}", module, key
-            else:
-                yield f"{module_name}.{key}" if module_name else key, module, key
+            yield stored_name(f"{module_name}.{key}" if module_name else key, tensor), module, key
 
 
 def _fill(model: nn.Module, folder: Path, device: torch.device) -> None:

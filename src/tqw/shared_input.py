@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,15 @@ from tqw.weight import QuantizedWeight
 _MOST_TOKENS = 8  # with more, the products outweigh everything else
 _MOST_MISSES = 8  # then the layers do not really share their inputs
 
-WeightOf = Callable[[nn.Module], QuantizedWeight]
-
 
 class SharedInput:
-    """One family. Outputs computed ahead wait here for their layers, and only for the very tensor they were made of."""
+    """One family of quantized linears.
 
-    def __init__(self, layers: Sequence[nn.Module], weight_of: WeightOf) -> None:
+    Outputs computed ahead wait here for their layers, and only for the very tensor they were made of.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
-        self.weight_of = weight_of
         self.misses = 0
         self.channel_scales: tuple[Tensor, ...] = ()
         self.usable = False
@@ -46,20 +47,19 @@ class SharedInput:
         if made_of is not None and made_of() is x and version == now and id(layer) in waiting:
             return waiting.pop(id(layer))
         self.misses += bool(waiting)
-        weights = [self.weight_of(member) for member in self.layers]
+        weights = [member.quantized_weight for member in self.layers]
         if (
             x.shape[-1] != weights[0].in_features
             or not self._still_alike(weights)
             or cpu.supports(x, weights[0]) is not None
         ):
             return None
-        outputs = dict(zip(map(id, self.layers), cpu.linears(x, weights, self._biases()), strict=True))
+        outputs = dict(
+            zip(map(id, self.layers), cpu.linears(x, weights, [member.bias for member in self.layers]), strict=True)
+        )
         mine = outputs.pop(id(layer))
         self.ahead = weakref.ref(x), now, outputs
         return mine
-
-    def _biases(self) -> list[Tensor | None]:
-        return [layer._parameters["bias"] for layer in self.layers]
 
     def _still_alike(self, weights: list[QuantizedWeight]) -> bool:
         """Compared again only when a parameter was replaced."""

@@ -20,14 +20,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tqw import calibrate as calibration
 from tqw.config import FORMAT_VERSION, QUANT_METHOD, QuantConfig
 from tqw.errors import TqwError
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import empty_model_, quantize_model, share_inputs
-from tqw.pretrained import STORED_MATRIX
+from tqw.pretrained import QUANTIZED_LAYERS, STORED_MATRIX, calibration_ids, calibration_power, stored_name
 
-_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
 _MATRIX_KEY = rf"{ROTATION_MATRIX}$"
 CALIBRATIONS = ("self", "random", "none")
 
@@ -114,7 +112,7 @@ class TransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             empty_model_(model, self._settings.config)
             for module in model.modules():
-                if isinstance(module, _QUANTIZED):
+                if isinstance(module, QUANTIZED_LAYERS):
                     module.__dict__["_is_hf_initialized"] = True  # codes have no random initialisation
             self._matrices = _stored_matrices(checkpoint_files or [])
             _add_patterns(model, "_keys_to_ignore_on_load_missing", _MATRIX_KEY)
@@ -129,10 +127,11 @@ class TransformersQuantizer(HfQuantizer):
             for module in model.modules():
                 for key, matrix in list(module._parameters.items()):
                     if key.endswith(ROTATION_MATRIX) and matrix is not None:
-                        setattr(module, key, self._matrices[f"{STORED_MATRIX}.{matrix.shape[0]}"])
+                        setattr(module, key, self._matrices[stored_name(key, matrix)])
             share_inputs(model)
             return model
-        power = _calibrated(model, self._settings.calibrate)
+        ids = calibration_ids(model, None, self._settings.calibrate)  # from_pretrained has no tokenizer
+        power = calibration_power(model, ids)
         self._settings.config = quantize_model(model, self._settings.config, input_power=power or None).config
         _tie_companions(model)
         return model
@@ -140,10 +139,7 @@ class TransformersQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The matrix that layers of rotation `qr` share is stored once, under its own name."""
         del args, kwargs
-        state = {}
-        for key, tensor in model.state_dict().items():
-            state[f"{STORED_MATRIX}.{tensor.shape[0]}" if key.endswith(ROTATION_MATRIX) else key] = tensor
-        return state, {}
+        return {stored_name(key, tensor): tensor for key, tensor in model.state_dict().items()}, {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         del model, param_name, kwargs
@@ -176,14 +172,3 @@ class TransformersQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _calibrated(model: Any, calibrate: str) -> dict[str, torch.Tensor]:
-    """Channel statistics without a tokenizer, which `from_pretrained` does not have."""
-    if calibrate == "none":
-        return {}
-    if calibrate == "self" and model.can_generate():
-        ids = calibration.self_generated(model, None)
-    else:
-        ids = calibration.random_sequences(model, None)
-    return calibration.input_power(model, ids.to(model.device).split(4))

@@ -13,7 +13,7 @@
 struct tables {
     __m512i level[4];        // 16 biased levels each, repeated in every 128 bits
     __m512i scale_of_lane;   // which of the tile's scales belongs to each lane
-    int64_t bits, order, tile, tiles, group, group_bytes, row_bytes, padded, groups;
+    int64_t tile, tiles, group, group_bytes, row_bytes, padded, groups;
     int64_t per_tile;        // scales in a tile
     int pieces;              // groups in a tile whose planes lie apart
 };
@@ -25,7 +25,7 @@ FAST_INLINE void make_tables(const struct tqw_weight *w, const struct tqw_pass *
         for (int i = 0; bits < 8 && i < 16 && part * 16 + i < 1 << bits; i++) row[i] = (uint8_t)(p->levels[part * 16 + i] + 128);
         t->level[part] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)row));
     }
-    t->bits = bits, t->order = order, t->tile = tile_of(order), t->padded = w->padded, t->group = w->group;
+    t->tile = tile_of(order), t->padded = w->padded, t->group = w->group;
     t->tiles = (w->padded + t->tile - 1) / t->tile;
     t->group_bytes = w->group * bits / 8, t->row_bytes = w->padded * bits / 8, t->groups = w->padded / w->group;
     int several = w->group < t->tile && t->groups > 1;
@@ -318,12 +318,11 @@ FAST_INLINE void multiply(const uint8_t *panel, int64_t steps, const int n, cons
 
 FAST_INLINE void multiply_tokens(const uint8_t *panel, int64_t steps, const int n, int64_t tokens, const char *q,
                                  const float *sx, const int32_t *start, int64_t stride, const float *scale, float *y) {
-    const int m = 6;
     int64_t i = 0;
 #define TIMES(m)                                                                                               \
     multiply(panel, steps, n, m, q + i * stride, (const float *)((const char *)sx + i * stride),               \
              (const int32_t *)((const char *)start + i * stride), stride, scale, y + i * n * 16)
-    for (; i + m <= tokens; i += m) TIMES(m);
+    for (; i + 6 <= tokens; i += 6) TIMES(6);
     switch (tokens - i) {
     case 5: TIMES(5); break;
     case 4: TIMES(4); break;

@@ -286,12 +286,8 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= norm;
 }
 
-// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile. `base` is the input that
-// the planes start with.
-__device__ __forceinline__ void transform(const Params& p, int token, int k0, int end, int base, u8* high, u8* low,
-                                          float* scales) {
-  int lane = threadIdx.x & 31, k = k0 + lane * 8;
-  float v[8];
+// This lane's 8 of the 256 inputs that a warp transforms: v = T(x)[k .. k + 8).
+__device__ __forceinline__ void transformed_inputs(const Params& p, int token, int k, int lane, float (&v)[8]) {
   load_inputs(p, token * p.x_stride, k, v);
 #if SCALED
   float a[8];
@@ -302,6 +298,15 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
 #if ROTATE
   hadamard(v, lane);
 #endif
+}
+
+// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile. `base` is the input that
+// the planes start with.
+__device__ __forceinline__ void transform(const Params& p, int token, int k0, int end, int base, u8* high, u8* low,
+                                          float* scales) {
+  int lane = threadIdx.x & 31, k = k0 + lane * 8;
+  float v[8];
+  transformed_inputs(p, token, k, lane, v);
   float most = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));

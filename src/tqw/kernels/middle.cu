@@ -55,16 +55,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   for (int k0 = warp * 256; k0 < IN_PADDED; k0 += 2048) {
     int k = k0 + lane * 8;
     float v[8];
-    load_inputs(p, token * p.x_stride, k, v);
-#if SCALED
-    float a[8];
-    channel_scales(p, k, a);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] *= a[i];
-#endif
-#if ROTATE
-    hadamard(v, lane);
-#endif
+    transformed_inputs(p, token, k, lane, v);
     if (k >= IN_PADDED) continue;
     u8* to = p.planes + spread_offset(token, k);
     int first = 4 * (k % 16 / 8), row = token & 7;
