@@ -412,7 +412,10 @@ class _Job:
     def __post_init__(self) -> None:
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self.scales: dict[str, Tensor] = {}
+        self.siblings: dict[str, list[Decision]] = {}
+        self.coded: dict[str, QuantizedWeight] = {}
         for members in _by_input(self.model, [d for d in self.decisions if d.bits]).values():
+            self.siblings.update(dict.fromkeys((member.name for member in members), members))
             self._choose_scales(members)
 
     def _choose_scales(self, members: list[Decision]) -> None:
@@ -443,9 +446,20 @@ class _Job:
                 if moment is None:
                     weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
                 else:
-                    weights[prefix] = quantize_with_feedback(dense, moment, config, self.scales[name], matrix)
+                    weights[prefix] = self._with_feedback(decision.name, moment, config, matrix)
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
+
+    def _with_feedback(self, name: str, moment: Tensor, config: QuantConfig, matrix: Tensor | None) -> QuantizedWeight:
+        """Layers that share their input share its moment: they are coded at once, as one tall weight."""
+        if name not in self.coded:
+            members = self.siblings[name]
+            dense = [dense_weights(self.model.get_submodule(m.name), m.kind)[""] for m in members]
+            scale = self.scales[_tensor_name(name, "")]
+            tall = quantize_with_feedback(torch.cat(dense), moment, config, scale, matrix)
+            parts = tall.split([len(weight) for weight in dense])
+            self.coded.update({m.name: part for m, part in zip(members, parts, strict=True)})
+        return self.coded.pop(name)
 
 
 @contextmanager
