@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tqw import calibrate as calibration
+from tqw.allocation import allocate_bits, sensitivities
 from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
@@ -35,7 +36,7 @@ from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokeni
 
 Progress = Callable[[str, int, int], None]
 STORED_MATRIX = "tqw_rotation_matrix"
-_POWER, _IDS = "input_power", "calibration_ids"
+_POWER, _IDS, _SENSITIVITY = "input_power", "calibration_ids", "sensitivity"
 METHODS = ("rtn", "gptq")
 GPTQ_EXPONENT = 0.25
 _GPTQ_SEQUENCES, _GPTQ_LENGTH = 32, 256
@@ -57,6 +58,8 @@ def quantize_pretrained(
     *,
     method: str = "rtn",
     calibrate: str = "self",
+    target_bpw: float | None = None,
+    free: Collection[str] = (),
     select: Select | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
@@ -68,8 +71,9 @@ def quantize_pretrained(
     """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
 
     method: rtn codes each weight by itself; gptq lets later columns make up for the errors of earlier ones, layer
-    after layer: slower, better, the same format. calibrate: self | random | none | a text file. A run that stops
-    leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
+    after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose the
+    width of each layer within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
+    stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
     check_method(method, calibrate)
     config, out = config or QuantConfig(), Path(out)
@@ -77,6 +81,7 @@ def quantize_pretrained(
     if is_quantized(source):
         raise TqwError(f"expected a float model, but {name} is quantized already: use the original, or `tqw export` it")
     settings = [source.fingerprint(), config.to_dict(), method, calibrate, str(dtype), shard_bytes, _version()]
+    settings += [target_bpw, sorted(free)]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     with CheckpointWriter(out, fingerprint, resume=resume, shard_bytes=shard_bytes) as writer:
         model, tokenizer = load_float(source, dtype, device), load_tokenizer(source)
@@ -86,6 +91,11 @@ def quantize_pretrained(
             _IDS
         )
         power = writer.cached(_POWER, lambda: calibration_power(model, ids, progress))
+
+        if target_bpw is not None:
+            found = writer.cached(_SENSITIVITY, lambda: _tensors(sensitivity_of(model, ids, power, progress)))
+            sensitivity = {key: float(value) for key, value in found.items()}
+            config = allocate_bits(model, target_bpw, config, sensitivity=sensitivity or None, select=select, free=free)
 
         def write(module_name: str, module: nn.Module, records: list[TensorRecord]) -> None:
             tensors = {key: t for key, t in stored_tensors(module_name, module).items() if not writer.has(key)}
@@ -158,6 +168,17 @@ def calibration_power(model: nn.Module, ids: Tensor | None, progress: Progress |
     if ids is None:
         return {}
     return calibration.input_power(model, ids.to(next(model.parameters()).device).split(4), progress=progress)
+
+
+def sensitivity_of(
+    model: nn.Module, ids: Tensor | None, power: Mapping[str, Tensor], progress: Progress | None = None
+) -> dict[str, float]:
+    """`sensitivities` on the calibration sequences; empty (every layer alike) without them."""
+    return {} if ids is None else sensitivities(model, ids, power, progress)
+
+
+def _tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
 
 def check_method(method: str, calibrate: str) -> None:
@@ -363,10 +384,27 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def plan(name: str, config: QuantConfig) -> QuantizationReport:
-    """What `quantize_pretrained` would do, from the model's config alone: no weight is read, nothing is written."""
+def plan(
+    name: str,
+    config: QuantConfig,
+    target_bpw: float | None = None,
+    calibrate: str = "none",
+    free: Collection[str] = (),
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """What `quantize_pretrained` would do; nothing is written.
+
+    Without a target, or with calibrate `none`, from the model's config alone: no weight is read. Otherwise the model is
+    loaded, because the widths depend on how sensitive its layers are.
+    """
     source = find(name)
-    model = load_float(source) if source.gguf else empty_model(source)
+    measured = target_bpw is not None and calibrate != "none"
+    model = load_float(source, device=device) if source.gguf or measured else empty_model(source)
+    if target_bpw is not None:
+        ids = calibration_ids(model, load_tokenizer(source), calibrate, progress=progress)
+        found = sensitivity_of(model, ids, calibration_power(model, ids, progress), progress)
+        config = allocate_bits(model, target_bpw, config, sensitivity=found or None, free=free)
     return plan_model(model, config)
 
 
