@@ -118,7 +118,7 @@ def test_embeddings_may_take_part(name, tmp_path):
 
 @pytest.mark.parametrize("target", [1.5, 2.2, 9.0, float("nan")])
 def test_a_target_out_of_reach_is_refused(target):
-    with pytest.raises(tqw.TqwError, match="expected a target of 2.* to 8.* bits per weight"):
+    with pytest.raises(tqw.TqwError, match=r"expected a target of 2.* to 8.* bits per weight"):
         allocate_bits(tiny("llama"), target, QuantConfig(group_size=32))
 
 
@@ -131,7 +131,7 @@ def test_residual_passes_have_no_target():
 @pytest.mark.parametrize(("name", "factor"), [("llama", 2), ("gpt2", 2), ("tied", 2), ("mixtral", 10)])
 def test_sensitivities_predict_the_loss(name, factor):
     """Half the Fisher information times the relative error is the KLD, to second order. Sampled tokens and correlations
-    between tokens are what the factor stands for; in a random mixture of experts, tokens that change their expert too."""
+    between tokens are what the factor stands for; in a random mixture of experts also tokens that change experts."""
     model = tiny(name)
     ids = token_ids(8, 40)
     power = input_power(model, [ids])

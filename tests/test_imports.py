@@ -13,9 +13,9 @@ PACKAGE = Path(tqw.__file__).parent
 # Reading order. A file may import only files before it.
 ORDER = [
     "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "gptq", "checkpoint",
-    "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model", "allocation", "training",
+    "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
-    "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
+    "allocation", "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
     "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
 ]  # fmt: skip
 

@@ -146,11 +146,9 @@ def quantize(
     ] = None,
     override: Annotated[list[str], typer.Option(help="REGEX=BITS or REGEX=skip, for modules whose name matches.")] = [],  # noqa: B006
     embedding: Annotated[
-        str | None, typer.Option(help="Bits of the input embedding, or auto; kept when absent.")
+        str | None, typer.Option(help="Bits of the input embedding or auto; kept when absent.")
     ] = None,
-    lm_head: Annotated[
-        str | None, typer.Option(help="Bits of the output embedding, or auto; kept when absent.")
-    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Bits of the output embedding or auto; kept when absent.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
     workers: Annotated[int, typer.Option(help="Layers quantized at once.")] = 1,
     device: Device = "cpu",

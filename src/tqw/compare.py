@@ -69,7 +69,8 @@ def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> R
         key, separator, value = pair.partition("=")
         if not separator or key not in _OPTIONS:
             raise TqwError(
-                f"expected BITS or target=BPW, then :key=value... with keys {', '.join(_OPTIONS)}, got {pair!r} in {text!r}"
+                f"expected BITS or target=BPW, then :key=value... with keys {', '.join(_OPTIONS)}, "
+                f"got {pair!r} in {text!r}"
             )
         try:
             options[key] = int(value) if key in _INTEGERS else float(value) if key == "exponent" else value

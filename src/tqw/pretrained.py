@@ -71,8 +71,8 @@ def quantize_pretrained(
     """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
 
     method: rtn codes each weight by itself; gptq lets later columns make up for the errors of earlier ones, layer
-    after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose the
-    width of each layer within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
+    after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose each
+    layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
     stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
     check_method(method, calibrate)
