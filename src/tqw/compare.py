@@ -29,7 +29,7 @@ from tqw.report import Row
 Progress = Callable[[str, int, int], None]
 FLOAT, ORIGINAL = "float", "original"
 BASELINE_ROWS = (ORIGINAL, *BASELINES)
-_ORIGINAL_OPTIONS = "4:scale=norm:calibrate=none"
+_ORIGINAL_OPTIONS = "4:scale=norm:calibrate=none:exponent=0"
 _OPTIONS = (
     "rotation",
     "rotation_strategy",

@@ -32,6 +32,7 @@ from tqw.model import (
     share_inputs,
 )
 from tqw.moments import LayerMoments
+from tqw.propagation import weight_only_power
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
 Progress = Callable[[str, int, int], None]
@@ -164,9 +165,9 @@ def calibration_ids(
 
 
 def calibration_power(model: nn.Module, ids: Tensor | None, progress: Progress | None = None) -> dict[str, Tensor]:
-    """E x_j^2 of every weight's input on the sequences; empty without them."""
+    """E x_j^2 of every weight's input on the sequences; without them, what the weights alone tell."""
     if ids is None:
-        return {}
+        return weight_only_power(model)
     return calibration.input_power(model, ids.to(next(model.parameters()).device).split(4), progress=progress)
 
 
