@@ -15,8 +15,9 @@ ORDER = [
     "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "gptq", "checkpoint",
     "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
-    "allocation", "calibrate", "moments", "propagation", "evaluate", "source", "pretrained", "generate", "peers",
-    "bench", "footprint", "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
+    "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
+    "generate", "peers", "bench", "footprint", "report", "compare", "demo", "cli", "integrations",
+    "integrations.transformers", "registration",
 ]  # fmt: skip
 
 
