@@ -86,7 +86,7 @@ def main() -> None:
         sensitivity = sensitivity_of(model, ids, power)
         config = allocate_bits(model, arguments.target_bpw, config, sensitivity=sensitivity or None)
         clock.mark("allocate")
-    options = method_options(arguments.method, model, ids)
+    options = method_options(arguments.method, model, ids, power)
     report = quantize_model(model, config, input_power=power or None, **options)
     clock.mark("quantize")
     peak = (

@@ -177,7 +177,6 @@ def test_resuming_gives_the_same_model(tmp_path):
     ("options", "message"),
     [
         ({"method": "awq"}, "expected a method of rtn or gptq, got 'awq'"),
-        ({"method": "gptq", "calibrate": "none"}, "expected --calibrate self, random or a text file"),
         ({"method": "gptq", "workers": 2}, "expected workers=1 with moments"),
     ],
 )
@@ -186,6 +185,18 @@ def test_wrong_options(options, message, tmp_path):
     with pytest.raises(tqw.TqwError, match=message):
         quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", **{"calibrate": "random", **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_without_sequences_the_moments_are_those_of_the_weights(tmp_path):
+    """No text, no forward pass: feedback on what the weights tell of the inputs. Same size, other codes than rtn's."""
+    tiny("llama").save_pretrained(tmp_path / "float")
+    sizes, codes = set(), []
+    for method in ("rtn", "gptq"):
+        report = quantize_pretrained(str(tmp_path / "float"), tmp_path / method, method=method, calibrate="none")
+        sizes.add(report.bits_per_weight())
+        codes.append(tqw.load(tmp_path / method).get_submodule("model.layers.1.mlp.down_proj").weight)
+    assert len(sizes) == 1
+    assert not torch.equal(*codes)
 
 
 def test_a_model_without_layers_is_refused():

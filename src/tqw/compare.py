@@ -77,7 +77,7 @@ def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> R
         except ValueError:
             raise TqwError(f"expected a number for {key} in {text!r}, got {value!r}") from None
     calibrate, exponent, method = options.pop("calibrate"), options.pop("exponent"), options.pop("method")
-    check_method(method, calibrate)
+    check_method(method)
     config = QuantConfig(bits=bits, **options)  # type: ignore[arg-type]
     return Recipe(text, config, calibrate, exponent, method, target)
 
@@ -147,7 +147,7 @@ class Comparison:
         if recipe.target_bpw is not None:
             sensitivity = sensitivity_of(model, ids, power, self.progress)
             config = allocate_bits(model, recipe.target_bpw, config, sensitivity=sensitivity or None)
-        options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids)}
+        options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids, power)}
         report = quantize_model(model, config, input_power=power or None, progress=self.progress, **options)
         seconds = time.perf_counter() - start
         row = Row(recipe.label, report.bits_per_weight(), 0, report.relative_mse(), quantize_seconds=seconds)

@@ -76,7 +76,7 @@ def quantize_pretrained(
     layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
     stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
-    check_method(method, calibrate)
+    check_method(method)
     config, out = config or QuantConfig(), Path(out)
     source = find(name)
     if is_quantized(source):
@@ -111,7 +111,7 @@ def quantize_pretrained(
             progress=progress,
             on_module=write,
             done=_done(writer) if method == "rtn" else None,  # gptq needs the layers before: it computes them again
-            **method_options(method, model, ids),
+            **method_options(method, model, ids, power),
         )
         _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, source, calibrate)
@@ -182,19 +182,30 @@ def _tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
 
-def check_method(method: str, calibrate: str) -> None:
-    """rtn | gptq; gptq needs inputs to look at."""
+def check_method(method: str) -> None:
+    """rtn | gptq."""
     if method not in METHODS:
         raise TqwError(f"expected a method of {' or '.join(METHODS)}, got {method!r}")
-    if method == "gptq" and calibrate == "none":
-        raise TqwError("expected --calibrate self, random or a text file with --method gptq, got none")
 
 
-def method_options(method: str, model: nn.Module, ids: Tensor | None) -> dict[str, Any]:
-    """What `quantize_model` takes for a method. Error feedback does part of the channel scale's work: exponent 1/4."""
-    if method == "rtn" or ids is None:
+def method_options(
+    method: str, model: nn.Module, ids: Tensor | None, power: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """What `quantize_model` takes for a method. Error feedback does part of the channel scale's work: exponent 1/4.
+
+    Without sequences the moments are diagonal, from `power` (E x_j^2 by weight name).
+    """
+    if method == "rtn":
         return {}
-    return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
+    if ids is not None:
+        return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
+    known = power or {}
+
+    def diagonal(name: str) -> Tensor | None:
+        mean_square = known.get(f"{name}.weight")
+        return None if mean_square is None else torch.diag(mean_square).to(next(model.parameters()).device)
+
+    return {"exponent": GPTQ_EXPONENT, "moments": diagonal}
 
 
 def stored_name(name: str, tensor: Tensor) -> str:
