@@ -414,8 +414,10 @@ def plan(
     measured = target_bpw is not None and calibrate != "none"
     model = load_float(source, device=device) if source.gguf or measured else empty_model(source)
     if target_bpw is not None:
-        ids = calibration_ids(model, load_tokenizer(source), calibrate, progress=progress)
-        found = sensitivity_of(model, ids, calibration_power(model, ids, progress), progress)
+        found = {}
+        if measured:
+            ids = calibration_ids(model, load_tokenizer(source), calibrate, progress=progress)
+            found = sensitivity_of(model, ids, calibration_power(model, ids, progress), progress)
         config = allocate_bits(model, target_bpw, config, sensitivity=found or None, free=free)
     return plan_model(model, config)
 
