@@ -202,3 +202,16 @@ def test_without_sequences_the_moments_are_those_of_the_weights(tmp_path):
 def test_a_model_without_layers_is_refused():
     with pytest.raises(tqw.TqwError, match="expected a model with a list of layers"):
         decoder_layers(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+
+
+def test_refitted_scales_are_stationary_row_by_row(monkeypatch):
+    """At the least-squares scales the gradient of tr(E S E^T) is zero; rows in parts give the same scales."""
+    weight, x, _, _ = case(12, 96)
+    moment, levels_ = x[:, :96].T @ x[:, :96] / len(x), torch.randint(-9, 9, (96, 12)).float()
+    scales = gptq._refit_scales(weight.T.contiguous(), levels_, moment, 32)
+    error = weight.T - levels_ * scales.repeat_interleave(32, 0)
+    gradient = (levels_ * (moment @ error)).unflatten(0, (3, 32)).sum(1)
+    assert gradient.abs().max() < 1e-3 * (levels_ * (moment @ weight.T)).unflatten(0, (3, 32)).sum(1).abs().max()
+    monkeypatch.setattr(gptq, "_REFIT_ELEMENTS", 1)
+    parts = gptq._refit_scales(weight.T.contiguous(), levels_, moment, 32)
+    assert torch.allclose(parts, scales, rtol=1e-4)

@@ -26,6 +26,7 @@ from tqw.weight import QuantizedWeight, empty_weight, into_rotated
 
 DAMPING = 0.01  # of the mean of S's diagonal: keeps the factorisation stable where inputs were never seen
 REFITS = 2
+_REFIT_ELEMENTS = 1 << 26
 
 
 def rotated_moment(moment: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
@@ -74,12 +75,11 @@ def _code_group(
     return levels, differences
 
 
-def _sweep(target: Tensor, factor: Tensor, bits: int, group: int, method: str) -> tuple[Tensor, Tensor]:
-    """One pass of error feedback: (levels [padded, rows], scales [groups, rows])."""
+def _sweep(target: Tensor, influence: Tensor, bits: int, group: int, method: str) -> tuple[Tensor, Tensor]:
+    """One pass of error feedback: (levels [padded, rows], scales [groups, rows]). influence: -U_jk / U_jj."""
     wanted = target.clone()
     levels = torch.empty_like(wanted)
     scales = torch.empty(len(wanted) // group, wanted.shape[1], device=wanted.device)
-    influence = factor / -factor.diagonal()[:, None]
     for index, start in enumerate(range(0, len(wanted), group)):
         columns = slice(start, start + group)
         scales[index] = group_scales(wanted[columns].T.contiguous(), bits, method).squeeze(-1).float()
@@ -90,18 +90,32 @@ def _sweep(target: Tensor, factor: Tensor, bits: int, group: int, method: str) -
 
 
 def _refit_scales(target: Tensor, levels: Tensor, moment: Tensor, group: int) -> Tensor:
-    """The scales [groups, rows] that minimise tr(E S E^T) for given codes: a small linear system for each row."""
+    """The scales [groups, rows] that minimise tr(E S E^T) for given codes: a small linear system for each row.
+
+    0 for rows whose system is singular.
+    """
+    groups = len(levels) // group
+    step = max(1, _REFIT_ELEMENTS // groups**2)  # bounds the memory of the systems
+    parts = [
+        _refit_rows(target[:, start : start + step], levels[:, start : start + step], moment, group)
+        for start in range(0, levels.shape[1], step)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _refit_rows(target: Tensor, levels: Tensor, moment: Tensor, group: int) -> Tensor:
     padded, rows = levels.shape
     groups = padded // group
     normal = torch.zeros(rows, groups, groups, device=levels.device)
     for g in range(groups):
         columns = slice(g * group, (g + 1) * group)
-        spread = moment[g * group :, columns] @ levels[columns]  # one group at a time bounds the memory
-        normal[:, g, g:] = spread.mul_(levels[g * group :]).unflatten(0, (-1, group)).sum(1).T
-    normal = normal.triu() + normal.triu(1).transpose(1, 2)
+        spread = moment[g * group :, columns] @ levels[columns]  # one group at a time, for the memory too
+        normal[:, g:, g] = spread.mul_(levels[g * group :]).unflatten(0, (-1, group)).sum(1).T
     right = (moment @ target).mul_(levels).unflatten(0, (groups, group)).sum(1).T
     normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)[:, None].clamp(min=1e-30))
-    return torch.linalg.solve(normal, right).T.contiguous()
+    lower, failed = torch.linalg.cholesky_ex(normal)  # reads the lower triangle
+    solved = torch.cholesky_solve(right[..., None], lower)[..., 0]
+    return torch.where(failed[:, None] == 0, solved, 0).T.contiguous()
 
 
 def _descend(target: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, bits: int, group: int) -> Tensor:
@@ -119,9 +133,11 @@ def _descend(target: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, bit
     return levels
 
 
-def _code(target: Tensor, moment: Tensor, factor: Tensor, bits: int, group: int, method: str) -> tuple[Tensor, Tensor]:
+def _code(
+    target: Tensor, moment: Tensor, influence: Tensor, bits: int, group: int, method: str
+) -> tuple[Tensor, Tensor]:
     """(levels, fp16-valued scales) of one pass."""
-    levels, scales = _sweep(target, factor, bits, group, method)
+    levels, scales = _sweep(target, influence, bits, group, method)
     for _ in range(REFITS):
         refitted = _refit_scales(target, levels, moment, group)
         scales = torch.where(refitted > 0, refitted, scales).half().float()
@@ -153,11 +169,12 @@ def quantize_with_feedback(
     group = configuration.group_size(in_features, config.group_size)
     second = rotated_moment(moment, channel_scale, matrix)
     second.diagonal().add_(damping * second.diagonal().mean().clamp(min=1e-30))
-    factor = feedback_factor(second, 0.0)
+    influence = feedback_factor(second, 0.0)
+    influence.div_(-influence.diagonal().clone()[:, None])
     target = into_rotated(weight.float(), layout.channel_scale[0], matrix).T.contiguous()
     packed, scales = [], []
     for bits in config.bits:
-        levels, scale = _code(target, second, factor, bits, group, config.scale)
+        levels, scale = _code(target, second, influence, bits, group, config.scale)
         scales.append(scale.T.half().contiguous())
         packed.append(pack(nearest_codes(levels.T.contiguous(), bits), bits, group))
         target = target - levels * scale.repeat_interleave(group, 0)
