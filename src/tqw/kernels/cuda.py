@@ -32,7 +32,6 @@ from tqw.weight import QuantizedWeight, transform
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
 _MIDDLE_TOKENS = 320  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
-_FUSED_INPUTS = 8192  # tokens * inputs up to here: every block transforms x itself
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
 
@@ -57,6 +56,8 @@ class _Params(ctypes.Structure):
         ("in_", ctypes.c_int),
         ("vectors", ctypes.c_int),
         ("batch", ctypes.c_int),
+        ("shift_1", ctypes.c_uint32),
+        ("shift_16", ctypes.c_uint32),
     ]
 
 
@@ -73,10 +74,11 @@ class Variant:
     scaled: bool
     x_type: int
     column_tiles: int = 1
-    fused: bool = True
+    cluster: int = 1
     warps: int = 16
-    depth: int = 2
+    ring: int = 2
     min_ctas: int = 1
+    small: bool = False
     columns: int = 0  # of middle.cu; 0: not part of the module
     warpgroups: int = 1
     split: int = 1
@@ -86,8 +88,9 @@ class Variant:
         macros = {
             "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
-            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
-            "WARPS": self.warps, "DEPTH": self.depth, "MIN_CTAS": self.min_ctas,
+            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles, "CLUSTER": self.cluster,
+            "WARPS": self.warps, "TURNS": -(-self.padded_in // self.tile // self.warps), "RING": self.ring,
+            "MIN_CTAS": self.min_ctas, "SMALL": int(self.small),
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         files = ["linear.cu"]
@@ -331,7 +334,8 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
 
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     """Everything that the weight decides; in_features: of the x that the kernel reads (padded for `qr`)."""
-    params = _Params(out=qw.out_features, in_=in_features, channel=qw.channel_scale[0].data_ptr())
+    channel = qw.channel_scale[0].data_ptr()
+    params = _Params(out=qw.out_features, in_=in_features, channel=channel, shift_1=1 << 31, shift_16=1 << 16)
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         params.packed[index], params.scale[index] = packed.data_ptr(), scale.data_ptr()
     return params
@@ -353,29 +357,59 @@ def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) 
     return next((batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit), None)
 
 
+def _warps(tiles: int) -> int:
+    """Warps of a CTA that share a strip's tiles evenly: about 16."""
+    if tiles <= 20:
+        return tiles
+    return min(range(8, 21), key=lambda warps: -(-tiles // warps) * warps / tiles + 0.01 * abs(warps - 16))
+
+
 def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
-    """The decode kernel for at most 32 tokens; None: the transformed tokens do not fit."""
+    """The decode kernel for a few tokens; None: the transformed tokens do not fit."""
     tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
-    grid = min(strips, device.multiprocessors)
-    warps = next(w for w in (16, 8, 4, 2, 1) if w <= tiles)
-    deep = -(-strips // grid) * tiles // warps > 6 and bits <= 4
+    warps = _warps(tiles)
+    turns = -(-tiles // warps)
+    cluster = _cluster(tokens * base.padded_in // 256, warps, strips) if device.clusters else 1
     variant = replace(
         base,
-        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
-        fused=tokens * base.padded_in <= _FUSED_INPUTS,
+        column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
+        cluster=cluster,
         warps=warps,
-        depth=4 if deep else 2 if bits <= 8 else 1,
+        ring=_ring(turns, 4 if bits <= 4 else 2 if bits <= 8 else 1),
+        min_ctas=2 if tokens <= 4 and bits <= 4 else 1,
+        small=out < 16,
     )
+    function = _function(variant, "tqw_decode", device)
+    grid = min(-(-strips // cluster) * cluster, _resident(function, 32 * warps, cluster, device))
     batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
     if batch is None:
         return None
-    shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(_function(variant, "tqw_decode", device), (grid, 1), 32 * warps, shared, device)
-    if variant.fused:
-        return _Plan(0, 0, (decode,), batch)
-    items = -(-base.padded_in // 256) * tokens
-    transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
-    return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
+    return _Plan(
+        0, 0, (_Launch(function, (grid, 1), 32 * warps, variant.shared_bytes(tokens, batch), device, cluster),), batch
+    )
+
+
+def _ring(turns: int, most: int) -> int:
+    """Tiles on their way in registers: a number that the kernel can unroll (see RING there)."""
+    if turns <= most:
+        return turns * (most // turns)
+    return next(ring for ring in range(most, 0, -1) if turns % ring == 0)
+
+
+def _cluster(items: int, warps: int, strips: int) -> int:
+    """CTAs that share the transform of x, so that a warp transforms about one item of 256 inputs."""
+    return next(c for c in (1, 2, 4) if c == 4 or items <= c * warps or strips < 4 * c)
+
+
+@lru_cache(maxsize=512)
+def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int:
+    """CTAs that run at once, one on a multiprocessor: not all multiprocessors can be grouped in clusters."""
+    if cluster == 1:
+        return device.multiprocessors
+    driver = import_module("cuda.bindings.driver")
+    config = _config((cluster, 1), threads, device.shared_bytes, cluster, 0, False)
+    clusters = _checked(driver.cuOccupancyMaxActiveClusters(function, config), "cuOccupancyMaxActiveClusters")
+    return cluster * clusters
 
 
 def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:

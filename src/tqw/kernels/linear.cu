@@ -15,9 +15,12 @@
 // TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
-// NT         columns tiles of 4 tokens: 1, 2, 4, 8   FUSED     1: every block transforms x itself
+// NT         columns tiles of 4 tokens: 1, 2, 4      CLUSTER   CTAs that transform x together: 1, 2, 4
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
-// WARPS, DEPTH, MIN_CTAS   warps of a CTA, tiles each keeps on their way, CTAs of one multiprocessor
+// WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
+// RING               tiles whose codes a warp has on their way: divides TURNS or is 1 to 4 times TURNS
+// MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
+// SMALL              1: fewer than 16 outputs
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -32,12 +35,13 @@ struct Params {
   void* y;              // [tokens, out]
   const u8* packed[4];  // [out, in_padded * bits / 8] for each pass
   const u16* scale[4];  // fp16 [out, groups]
-  u8* planes;           // [2 tokens, in_padded]: high, low of each token (not FUSED)
-  float* plane_scale;   // [tokens, tiles]
+  u8* planes;           // T(x) for middle.cu
+  float* plane_scale;   // its scales
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
   int tokens, out, in, vectors, batch;
+  u32 shift_1, shift_16;  // 2^31, 2^16: the upper half of a product with them is a shift right by 1, by 16
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -81,6 +85,12 @@ __device__ __forceinline__ void multiply(int* c, const u32* a, u32 b0, u32 b1) {
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// a & mask | bits in one instruction: at most one of its constants can be immediate, so `bits` is a register.
+__device__ __forceinline__ u32 mask_or(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
 }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -136,7 +146,7 @@ __device__ __forceinline__ u32 look_up_16(u32 low, u32 top) {
 // Eight consecutive codes of a row to two registers of int8 levels. `first` and `second` are the row's plane words
 // of this tile, `step` the mma step.
 template <int B>
-__device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
+__device__ __forceinline__ void decode(const Params& p, const u32* first, const u32* second, int step, u32& a, u32& b) {
   constexpr u32 KEEP = 0x32103210u;
   if constexpr (B == 8) {
     a = first[2 * step] ^ 0x80808080u;
@@ -155,8 +165,9 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
     b = permute(e, o, 0x7362);
   } else {
     u32 q = first[step];
-    u32 low = q & 0x77777777u, top = (q >> 1 & 0x44444444u) | KEEP;
-    u32 low2 = low >> 16, top2 = top >> 16;
+    // byte permutes and logic fill the integer pipe, so the shifts go to the multipliers, which have little to do
+    u32 low = q & 0x77777777u, top = mask_or(__umulhi(q, p.shift_1), 0x44444444u, KEEP);
+    u32 low2 = __umulhi(low, p.shift_16), top2 = __umulhi(top, p.shift_16);
     if constexpr (B == 4) {
       a = look_up_16<4, 0>(low, top);
       b = look_up_16<4, 0>(low2, top2);
@@ -300,10 +311,34 @@ __device__ __forceinline__ void transformed_inputs(const Params& p, int token, i
 #endif
 }
 
-// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile. `base` is the input that
-// the planes start with.
-__device__ __forceinline__ void transform(const Params& p, int token, int k0, int end, int base, u8* high, u8* low,
-                                          float* scales) {
+// Eight bytes, or four, to the same place of every CTA of the cluster.
+__device__ __forceinline__ void store_to_all(void* at, u32 a, u32 b) {
+#if CLUSTER > 1
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; rank++) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+  }
+#else
+  *(uint2*)at = make_uint2(a, b);
+#endif
+}
+__device__ __forceinline__ void store_to_all(float* at, float value) {
+#if CLUSTER > 1
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; rank++) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+  }
+#else
+  *at = value;
+#endif
+}
+
+// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile, in shared memory.
+__device__ __forceinline__ void transform(const Params& p, int token, int k0, u8* high, u8* low, float* scales) {
   int lane = threadIdx.x & 31, k = k0 + lane * 8;
   float v[8];
   transformed_inputs(p, token, k, lane, v);
@@ -318,7 +353,7 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
   int q[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), 32512), -32512);
-  if (k >= end) return;
+  if (k >= IN_PADDED) return;
   u32 l[2], h[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -326,21 +361,9 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
     l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
-  *(uint2*)(high + k - base) = make_uint2(h[0], h[1]);
-  *(uint2*)(low + k - base) = make_uint2(l[0], l[1]);
-  if (lane % (TILE / 8) == 0) scales[(k - base) / TILE] = scale;
-}
-
-// T(x) of many tokens, once for all blocks of the product: one warp for 256 inputs of one token.
-extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  int chunks = (IN_PADDED + 255) / 256;
-  int item = blockIdx.x * 8 + threadIdx.x / 32;
-  if (item >= chunks * p.tokens) return;
-  int token = item / chunks, k0 = item % chunks * 256;
-  u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
-  transform(p, token, k0, IN_PADDED, 0, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  store_to_all(high + k, h[0], h[1]);
+  store_to_all(low + k, l[0], l[1]);
+  if (lane % (TILE / 8) == 0) store_to_all(scales + k / TILE, scale);
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -393,7 +416,7 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
 
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const* columns, const float* x_scale,
+__device__ __forceinline__ void multiply_pass(const Params& p, const Unit& unit, const u8* const* columns, const float* x_scale,
                                               float (*total)[2]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
@@ -408,8 +431,8 @@ __device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const*
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
-      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
+      decode<B>(p, unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+      decode<B>(p, unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
@@ -420,7 +443,7 @@ __device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const*
     total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
     total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(unit, columns, x_scale, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(p, unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -437,12 +460,44 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
-static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
-
 #ifndef COLUMNS
-// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and leave their sums in shared
-// memory, which one barrier for every p.batch strips adds up (two buffers: no second barrier). Each lane keeps DEPTH
-// tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
+static_assert((TURNS % RING == 0 || RING % TURNS == 0) && RING <= 4 * TURNS, "slots of the ring are constants");
+static constexpr int PITCH = IN_PADDED + 16;                  // 16: two columns share no bank
+static constexpr int ACROSS = WARPS * TILE;                   // inputs from one of them to the next
+
+// A lane's codes and scales of tile `turn`, of rows `row` and `row1`. Where the place of a tile's codes is linear in its
+// number, all turns of a strip share their addresses but for constants.
+template <int I>
+__device__ __forceinline__ void load_turn(const Params& p, Unit& unit, i64 row, i64 row1, int turn, int warp, int t) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
+  constexpr bool LINEAR = COUNT == 1 || GROUP == TILE;
+  int first = warp * TILE, k = first + turn * ACROSS;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const u8* codes = p.packed[I] + (h ? row1 : row) * STRIDE;
+    const u16* scales = p.scale[I] + (h ? row1 : row) * GROUPS;
+    load_stream<W0>(unit.codes[h] + FIRST,
+                    LINEAR ? codes + code_offset(B, 0, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 0, k, t));
+    if constexpr (COUNT == 2)
+      load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0),
+                      LINEAR ? codes + code_offset(B, 1, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 1, k, t));
+    scales += ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : k / GROUP;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(scales));
+  }
+  if constexpr (I + 1 < PASSES) load_turn<I + 1>(p, unit, row, row1, turn, warp, t);
+}
+
+#if CLUSTER > 1
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+#endif
+
+// A CTA owns every gridDim-th strip of 16 rows (the last one may overlap the one before it: the same values twice). Its
+// warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds
+// up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way, in registers, so the
+// memory never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -450,60 +505,69 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   int outputs = 16 * p.tokens;  // of one strip
   u8* planes = shared + 2 * p.batch * WARPS * outputs * 4;
   float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
+#if CLUSTER > 1
+  cluster_arrive();
+#endif
+#if SCALED  // channel scales are the first to be needed, and a long way off
+  for (int k = threadIdx.x * 16; k < p.in; k += WARPS * 512) asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + k));
+#endif
 
   int strips = (p.out + 15) / 16;
-  Unit units[DEPTH];
-  int next_strip = blockIdx.x, next_tile = warp;
-  auto fetch = [&](Unit& unit) {
-    if (next_strip < strips) {
-      int row0 = min(next_strip * 16 + g, p.out - 1), row1 = min(next_strip * 16 + g + 8, p.out - 1);
-      load_pass<0>(p, unit, row0, row1, next_tile * TILE, t);
+  auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
+  auto fetch = [&](Unit& unit, int strip, int turn) {
+    if (strip < strips && (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES)) {
+      i64 row = SMALL ? min(g, p.out - 1) : first_row(strip) + g;
+      load_turn<0>(p, unit, row, SMALL ? min(g + 8, p.out - 1) : row + 8, turn, warp, t);
     }
-    next_tile += WARPS;
-    if (next_tile >= TILES) next_tile = warp, next_strip += gridDim.x;
   };
+  Unit units[RING];
 #pragma unroll
-  for (int i = 0; i < DEPTH; i++) fetch(units[i]);
+  for (int i = 0; i < RING; i++) fetch(units[i], blockIdx.x + i / TURNS * gridDim.x, i % TURNS);
   allow_next_kernel();
   wait_for_previous_kernel();
 
-#if FUSED
   constexpr int CHUNKS = (IN_PADDED + 255) / 256;
+#if CLUSTER > 1
+  cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
+#endif
 #pragma unroll 1
-  for (int item = warp; item < CHUNKS * p.tokens; item += WARPS) {
+  for (int item = warp + WARPS * (blockIdx.x % CLUSTER); item < CHUNKS * p.tokens; item += WARPS * CLUSTER) {
     int token = item / CHUNKS;
     u8* high = planes + 2 * token * PITCH;
-    transform(p, token, item % CHUNKS * 256, IN_PADDED, 0, high, high + PITCH, plane_scale + token * TILES);
+    transform(p, token, item % CHUNKS * 256, high, high + PITCH, plane_scale + token * TILES);
   }
+#if CLUSTER > 1
+  cluster_arrive();
+  cluster_wait();
 #else
-  constexpr int PIECES = IN_PADDED / 16;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
-    *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
-  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
-#endif
   __syncthreads();
+#endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
   const float* x_scales[NT];
-  float total[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE;
-    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES;
-    total[n][0] = total[n][1] = 0.f;
+    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + warp * TILE;
+    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES + warp;
   }
-  int strip = blockIdx.x, tile = warp, buffer = 0, pending = 0;
-  auto work = [&](Unit& unit) {  // one tile; false after the last
-    const u8* at[NT];
-    float x_scale[NT];
+  int strip = blockIdx.x, buffer = 0, pending = 0;
+  auto work = [&](Unit* mine) {  // one strip; false after the last
+    float total[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
-    multiply_pass<0>(unit, at, x_scale, total);
-    fetch(unit);
-    tile += WARPS;
-    if (tile < TILES) return true;
+    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      if (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES) {
+        const u8* at[NT];
+        float x_scale[NT];
+#pragma unroll
+        for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
+        Unit& unit = mine[turn % RING];
+        multiply_pass<0>(p, unit, at, x_scale, total);
+        fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
+      }
+    }
     float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -511,37 +575,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         sum[(4 * n + t) * 16] = total[n][0];
         sum[(4 * n + t) * 16 + 8] = total[n][1];
       }
-      total[n][0] = total[n][1] = 0.f;
     }
-    tile = warp;
+    strip += gridDim.x;
     pending++;
-    bool more = strip + pending * gridDim.x < strips;
+    bool more = strip < strips;
     if (pending == p.batch || !more) {
       __syncthreads();
-      for (int i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
-        const float* from = sums + (buffer * p.batch + i / outputs) * WARPS * outputs + i % outputs;
-        int row = (strip + i / outputs * gridDim.x) * 16 + i % 16;
+      for (u32 i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
+        u32 which = i / (u32)outputs, output = i % (u32)outputs;
+        const float* from = sums + (buffer * p.batch + which) * WARPS * outputs + output;
+        int row = first_row(strip - (pending - which) * gridDim.x) + output % 16;
         float value = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += from[w * outputs];
-        if (row < p.out) store_output(p, i % outputs / 16, row, value);
+        if (row < p.out) store_output(p, output / 16, row, value);
       }
       buffer ^= 1;
-      strip += pending * gridDim.x;
       pending = 0;
     }
     return more;
   };
   while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
-    if (!work(units[0])) return;
-#if DEPTH > 1
-    if (!work(units[1])) return;
+    if (!work(units)) return;
+#if RING >= 2 * TURNS
+    if (!work(units + TURNS)) return;
 #endif
-#if DEPTH > 2
-    if (!work(units[2])) return;
+#if RING >= 3 * TURNS
+    if (!work(units + 2 * TURNS)) return;
 #endif
-#if DEPTH > 3
-    if (!work(units[3])) return;
+#if RING >= 4 * TURNS
+    if (!work(units + 3 * TURNS)) return;
 #endif
   }
 }
@@ -571,7 +634,7 @@ static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: 
 
 // value += weight_scale * levels H32 of one block's tiles.
 template <int I>
-__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
+__device__ __forceinline__ void dense_pass(const Params& p, const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int tile = 0; tile < BLOCK_TILES; tile++) {
@@ -581,8 +644,8 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
-      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
-      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
+      decode<B>(p, unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
+      decode<B>(p, unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         int c[4];
@@ -599,7 +662,7 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
       }
     }
   }
-  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, value);
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(p, units, fragment, value);
 }
 
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
@@ -667,7 +730,7 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
-    dense_pass<0>(units, fragment, value);
+    dense_pass<0>(p, units, fragment, value);
     if (first + gridDim.y * 16 < p.tokens) fetch(first + gridDim.y * 16);
 #if ROTATE
     // the input bits that number the steps
