@@ -15,6 +15,7 @@
 // TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
+// FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
 // NT         columns tiles of 4 tokens: 1, 2, 4      CLUSTER   CTAs that transform x together: 1, 2, 4
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
@@ -260,7 +261,7 @@ __device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, flo
   }
 }
 
-__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {
+__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {  // 0 beyond the last
   if (p.vectors && k + 8 <= p.in) {
     uint2 q = *(const uint2*)(p.channel + k);
 #pragma unroll
@@ -297,17 +298,14 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= norm;
 }
 
-// This lane's 8 of the 256 inputs that a warp transforms: v = T(x)[k .. k + 8).
-__device__ __forceinline__ void transformed_inputs(const Params& p, int token, int k, int lane, float (&v)[8]) {
+// a * x of eight inputs.
+__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, float (&v)[8]) {
   load_inputs(p, token * p.x_stride, k, v);
 #if SCALED
   float a[8];
   channel_scales(p, k, a);
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] *= a[i];
-#endif
-#if ROTATE
-  hadamard(v, lane);
 #endif
 }
 
@@ -341,7 +339,10 @@ __device__ __forceinline__ void store_to_all(float* at, float value) {
 __device__ __forceinline__ void transform(const Params& p, int token, int k0, u8* high, u8* low, float* scales) {
   int lane = threadIdx.x & 31, k = k0 + lane * 8;
   float v[8];
-  transformed_inputs(p, token, k, lane, v);
+  scaled_inputs(p, token, k, v);
+#if ROTATE
+  hadamard(v, lane);
+#endif
   float most = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
@@ -675,6 +676,13 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
   return d;
 }
 
+__device__ __forceinline__ u32 pack_fp8(const float* v) {  // four e4m3, clamped to +-448; NaN stays NaN
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[1]), "f"(v[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[3]), "f"(v[2]));
+  return low | (u32)high << 16;
+}
+
 __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
   if (k >= p.in) return;
   i64 index = row * p.in + k;
@@ -727,6 +735,9 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
     for (int i = 0; i < 8; i++) a[s][i] *= norm;
   }
 #endif
+#if FP8
+  const float norm = *p.plane_scale;
+#endif
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
@@ -759,8 +770,13 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
           v[i] = value[s][i / 2][2 * h + i % 2];
 #if SCALED
           v[i] *= a[s][i];
+#elif FP8
+          v[i] *= norm;
 #endif
         }
+#if FP8
+        *(uint2*)(piece + row * BLOCK + within) = make_uint2(pack_fp8(v), pack_fp8(v + 4));
+#else
         if constexpr (BY_ROWS) {
           int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
           *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
@@ -768,23 +784,67 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
         } else if (first + row < p.tokens) {
           store_dense(p, first + row, k + within, v);
         }
+#endif
       }
     }
     if constexpr (BY_ROWS) {
-      constexpr int CHUNKS = BLOCK / 8, AT_ONCE = 32 / CHUNKS;  // chunks of a row, rows of a store
+      constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = BLOCK * BYTES / 16, AT_ONCE = 32 / CHUNKS;  // of a row; rows of a store
       int chunk = lane % CHUNKS, row = lane / CHUNKS, rows = p.tokens - first;
-      u16* to = (u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8;
+      u8* to = (u8*)p.y + ((i64)(first + row) * p.in + k) * BYTES + chunk * 16;
       __syncwarp();
-      if (k + chunk * 8 >= p.in) rows = 0;
+      if (k + chunk * (16 / BYTES) >= p.in) rows = 0;
 #pragma unroll
       for (int i = 0; i < 16 / AT_ONCE; i++, row += AT_ONCE) {
-        uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
-        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in) = q;
+        int at = FP8 ? chunk : chunk ^ chunk / 8 ^ (row & 1) * 2;
+        uint4 q = *(const uint4*)(piece + row * (BLOCK * BYTES) + at * 16);
+        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in * BYTES) = q;
       }
       __syncwarp();
     }
   }
 }
+
+#if FP8
+// T(x) of one token as e4m3 [in_padded] with its scale, max |T(x)| / 448.
+extern "C" __global__ void __launch_bounds__(256) tqw_fp8_inputs(const __grid_constant__ Params p) {
+  __shared__ float most_of_warp[8];
+  constexpr int ROUNDS = (IN_PADDED + 2047) / 2048;
+  int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  float v[ROUNDS][8], most = 0.f;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int k = r * 2048 + threadIdx.x * 8;
+    load_inputs(p, token * p.x_stride, k, v[r]);
+    float a[8];
+    channel_scales(p, k, a);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[r][i] *= a[i];
+#if ROTATE_X
+    hadamard(v[r], lane);
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[r][i]));
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
+  if (lane == 0) most_of_warp[warp] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  if (!(most < 3e38f)) most = most - most;  // NaN for NaN and Inf: every output of the token is NaN
+  float scale = most > 0.f || most != most ? most * (1.f / 448.f) : 1.f, inverse = 1.f / scale;
+  if (threadIdx.x == 0) p.plane_scale[token] = scale;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int k = r * 2048 + threadIdx.x * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[r][i] *= inverse;
+    if (k < IN_PADDED) *(uint2*)(p.planes + (i64)token * IN_PADDED + k) = make_uint2(pack_fp8(v[r]), pack_fp8(v[r] + 4));
+  }
+}
+#endif
 
 #ifndef COLUMNS  // a module of middle.cu has only its own kernels
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
@@ -795,7 +855,7 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
   allow_next_kernel();
   wait_for_previous_kernel();
   if (k >= IN_PADDED) return;
-  if (X_TYPE != 0 && p.vectors)
+  if (FP8 || (X_TYPE != 0 && p.vectors))
     dequantize_block<true>(p, k, shared[warp]);
   else
     dequantize_block<false>(p, k, shared[warp]);
