@@ -605,7 +605,7 @@ def _many_fp8(x: Tensor, y: Tensor, ready: _Ready, qw: QuantizedWeight, bias: Te
         rows = min(step, ready.out - first)
         params.first_row, params.tokens = first, rows
         _dequantize_launch(variant, rows, ready.device)(params)
-        torch._scaled_mm(
+        torch.ops.aten._scaled_mm.out(
             inputs, weight[:rows].T, input_scale, weight_scale[:, first : first + rows], out_dtype=x.dtype,
             use_fast_accum=True, out=y[:, first : first + rows],
         )  # fmt: skip
