@@ -88,7 +88,7 @@ def test_graph_capture_and_embedding():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_compiles_without_a_gpu(arch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings is not installed")
-    variant = cuda.Variant((3, 4), 256, 64, 64, 128, True, True, 1, column_tiles=2, fused=False)
+    variant = cuda.Variant((3, 4), 256, 64, 64, 128, True, True, 1, column_tiles=2, fused=False, warps=4)
     assert cuda.compile_source(variant.source(), arch)[:4] == b"\x7fELF"
 
 

@@ -60,8 +60,6 @@ class _Params(ctypes.Structure):
         ("in_", ctypes.c_int),
         ("vectors", ctypes.c_int),
         ("batch", ctypes.c_int),
-        ("shift_1", ctypes.c_uint32),
-        ("shift_16", ctypes.c_uint32),
     ]
 
 
@@ -78,6 +76,7 @@ class Variant:
     scaled: bool
     x_type: int
     column_tiles: int = 1
+    fused: bool = True
     cluster: int = 1
     warps: int = 16
     ring: int = 1
@@ -94,7 +93,8 @@ class Variant:
             "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate and not self.fp8),
             "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
-            "X_TYPE": self.x_type, "NT": self.column_tiles, "CLUSTER": self.cluster, "WARPS": self.warps,
+            "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "CLUSTER": self.cluster, "WARPS": self.warps,
             "TURNS": -(-self.padded_in // self.tile // self.warps), "RING": self.ring, "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small),
         }  # fmt: skip
@@ -340,8 +340,7 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
 
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     """Everything that the weight decides; in_features: of the x that the kernel reads (padded for `qr`)."""
-    channel = qw.channel_scale[0].data_ptr()
-    params = _Params(out=qw.out_features, in_=in_features, channel=channel, shift_1=1 << 31, shift_16=1 << 16)
+    params = _Params(out=qw.out_features, in_=in_features, channel=qw.channel_scale[0].data_ptr())
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         params.packed[index], params.scale[index] = packed.data_ptr(), scale.data_ptr()
     return params
@@ -374,25 +373,28 @@ def _warps(tiles: int) -> int:
 def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The decode kernel for a few tokens; None: the transformed tokens do not fit. Measured on one H100."""
     tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
-    warps = _warps(tiles)
-    turns = -(-tiles // warps)
-    deep = 4 if strips > 6 * device.multiprocessors or tokens > 2 else 2
-    cluster = _cluster(tokens * base.padded_in // 256, warps, strips) if device.clusters else 1
+    warps, items = _warps(tiles), -(-base.padded_in // 256) * tokens
+    deep = strips > 6 * device.multiprocessors or (tokens > 2 and tiles <= 64)
     variant = replace(
         base,
         column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
-        cluster=cluster,
+        fused=tokens <= 2,  # with more, it takes too long to transform them in every CTA, or cluster
+        cluster=2 if device.clusters and tokens <= 2 and items > warps and strips >= 8 else 1,
         warps=warps,
-        ring=_ring(turns, deep if bits <= 4 else 2 if bits <= 8 else 1),
+        ring=_ring(-(-tiles // warps), (4 if deep else 2) if bits <= 4 else 2 if bits <= 8 else 1),
         small=out < 16,
     )
-    function = _function(variant, "tqw_decode", device)
+    cluster, function = variant.cluster, _function(variant, "tqw_decode", device)
     grid = min(-(-strips // cluster) * cluster, _resident(function, 32 * warps, cluster, device))
     batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
     if batch is None:
         return None
     shared = variant.shared_bytes(tokens, batch)
-    return _Plan(0, 0, (_Launch(function, (grid, 1), 32 * warps, shared, device, cluster),), batch)
+    decode = _Launch(function, (grid, 1), 32 * warps, shared, device, cluster)
+    if variant.fused:
+        return _Plan(0, 0, (decode,), batch)
+    transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
+    return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
 def _ring(turns: int, most: int) -> int:
@@ -400,11 +402,6 @@ def _ring(turns: int, most: int) -> int:
     if turns <= most:
         return turns * (most // turns)
     return next(ring for ring in range(most, 0, -1) if turns % ring == 0)
-
-
-def _cluster(items: int, warps: int, strips: int) -> int:
-    """CTAs that share the transform of x, so that a warp transforms at most two items of 256 inputs."""
-    return next(c for c in (1, 2, 4) if c == 4 or items <= 2 * c * warps or strips < 4 * c)
 
 
 @lru_cache(maxsize=512)
@@ -429,8 +426,12 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
     few = blocks == 1 and groups * 2 <= units
     columns = next(c for c in (32, 64, 128, 192, 256) if c >= -(-tokens // blocks))
+    if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
+        return None  # the last wave would be too thin
     if not few and 64 < tokens <= 96:
         columns = 96
+        if groups <= 2 * units:
+            return replace(base, columns=columns, split=2 if most_split > 1 else 1, stages=4)
 
     def split(rows: int, ctas: float) -> int:
         return next(s for s in (8, 4, 2, 1) if s == 1 or (groups // rows * s <= ctas and s <= most_split))

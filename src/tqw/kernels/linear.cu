@@ -16,7 +16,8 @@
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
-// NT         columns tiles of 4 tokens: 1, 2, 4      CLUSTER   CTAs that transform x together: 1, 2, 4
+// NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
+// CLUSTER    CTAs that transform x together: 1, 2, 4 (FUSED)
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
 // RING               tiles whose codes a warp has on their way: divides TURNS or is 1 to 4 times TURNS
@@ -36,13 +37,12 @@ struct Params {
   void* y;              // [tokens, out]
   const u8* packed[4];  // [out, in_padded * bits / 8] for each pass
   const u16* scale[4];  // fp16 [out, groups]
-  u8* planes;           // T(x) for middle.cu
+  u8* planes;           // T(x), made by a kernel before this one
   float* plane_scale;   // its scales
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
   int tokens, out, in, vectors, batch;
-  u32 shift_1, shift_16;  // 2^31, 2^16: the upper half of a product with them is a shift right by 1, by 16
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -147,7 +147,7 @@ __device__ __forceinline__ u32 look_up_16(u32 low, u32 top) {
 // Eight consecutive codes of a row to two registers of int8 levels. `first` and `second` are the row's plane words
 // of this tile, `step` the mma step.
 template <int B>
-__device__ __forceinline__ void decode(const Params& p, const u32* first, const u32* second, int step, u32& a, u32& b) {
+__device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
   constexpr u32 KEEP = 0x32103210u;
   if constexpr (B == 8) {
     a = first[2 * step] ^ 0x80808080u;
@@ -166,9 +166,8 @@ __device__ __forceinline__ void decode(const Params& p, const u32* first, const 
     b = permute(e, o, 0x7362);
   } else {
     u32 q = first[step];
-    // byte permutes and logic fill the integer pipe, so the shifts go to the multipliers, which have little to do
-    u32 low = q & 0x77777777u, top = mask_or(__umulhi(q, p.shift_1), 0x44444444u, KEEP);
-    u32 low2 = __umulhi(low, p.shift_16), top2 = __umulhi(top, p.shift_16);
+    u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, KEEP);
+    u32 low2 = low >> 16, top2 = top >> 16;
     if constexpr (B == 4) {
       a = look_up_16<4, 0>(low, top);
       b = look_up_16<4, 0>(low2, top2);
@@ -310,32 +309,36 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 }
 
 // Eight bytes, or four, to the same place of every CTA of the cluster.
-__device__ __forceinline__ void store_to_all(void* at, u32 a, u32 b) {
-#if CLUSTER > 1
+template <bool TO_ALL>
+__device__ __forceinline__ void store_pair(void* at, u32 a, u32 b) {
+  if constexpr (TO_ALL) {
 #pragma unroll
   for (int rank = 0; rank < CLUSTER; rank++) {
     u32 address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
     asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
   }
-#else
+  } else {
   *(uint2*)at = make_uint2(a, b);
-#endif
+  }
 }
-__device__ __forceinline__ void store_to_all(float* at, float value) {
-#if CLUSTER > 1
+template <bool TO_ALL>
+__device__ __forceinline__ void store_value(float* at, float value) {
+  if constexpr (TO_ALL) {
 #pragma unroll
   for (int rank = 0; rank < CLUSTER; rank++) {
     u32 address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
   }
-#else
+  } else {
   *at = value;
-#endif
+  }
 }
 
-// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile, in shared memory.
+// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile; TO_ALL: in the shared memory
+// of every CTA of the cluster.
+template <bool TO_ALL>
 __device__ __forceinline__ void transform(const Params& p, int token, int k0, u8* high, u8* low, float* scales) {
   int lane = threadIdx.x & 31, k = k0 + lane * 8;
   float v[8];
@@ -362,9 +365,21 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, u8
     l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
-  store_to_all(high + k, h[0], h[1]);
-  store_to_all(low + k, l[0], l[1]);
-  if (lane % (TILE / 8) == 0) store_to_all(scales + k / TILE, scale);
+  store_pair<TO_ALL>(high + k, h[0], h[1]);
+  store_pair<TO_ALL>(low + k, l[0], l[1]);
+  if (lane % (TILE / 8) == 0) store_value<TO_ALL>(scales + k / TILE, scale);
+}
+
+// T(x) of many tokens, once for all CTAs of the product: one warp for 256 inputs of one token.
+extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
+  int item = blockIdx.x * 8 + threadIdx.x / 32;
+  if (item >= CHUNKS * p.tokens) return;
+  int token = item / CHUNKS;
+  u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
+  transform<false>(p, token, item % CHUNKS * 256, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -417,7 +432,7 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
 
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Params& p, const Unit& unit, const u8* const* columns, const float* x_scale,
+__device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const* columns, const float* x_scale,
                                               float (*total)[2]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
@@ -432,8 +447,8 @@ __device__ __forceinline__ void multiply_pass(const Params& p, const Unit& unit,
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      decode<B>(p, unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
-      decode<B>(p, unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
@@ -444,7 +459,7 @@ __device__ __forceinline__ void multiply_pass(const Params& p, const Unit& unit,
     total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
     total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(p, unit, columns, x_scale, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -509,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #if CLUSTER > 1
   cluster_arrive();
 #endif
-#if SCALED  // channel scales are the first to be needed, and a long way off
+#if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
   for (int k = threadIdx.x * 16; k < p.in; k += WARPS * 512) asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + k));
 #endif
 
@@ -527,6 +542,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   allow_next_kernel();
   wait_for_previous_kernel();
 
+#if FUSED
   constexpr int CHUNKS = (IN_PADDED + 255) / 256;
 #if CLUSTER > 1
   cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
@@ -535,8 +551,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   for (int item = warp + WARPS * (blockIdx.x % CLUSTER); item < CHUNKS * p.tokens; item += WARPS * CLUSTER) {
     int token = item / CHUNKS;
     u8* high = planes + 2 * token * PITCH;
-    transform(p, token, item % CHUNKS * 256, high, high + PITCH, plane_scale + token * TILES);
+    transform<(CLUSTER > 1)>(p, token, item % CHUNKS * 256, high, high + PITCH, plane_scale + token * TILES);
   }
+#else
+  constexpr int PIECES = IN_PADDED / 16;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
+    *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
+  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
+#endif
 #if CLUSTER > 1
   cluster_arrive();
   cluster_wait();
@@ -565,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #pragma unroll
         for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
         Unit& unit = mine[turn % RING];
-        multiply_pass<0>(p, unit, at, x_scale, total);
+        multiply_pass<0>(unit, at, x_scale, total);
         fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
       }
     }
@@ -635,7 +658,7 @@ static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: 
 
 // value += weight_scale * levels H32 of one block's tiles.
 template <int I>
-__device__ __forceinline__ void dense_pass(const Params& p, const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
+__device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragment)[2], float (*value)[4][4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int tile = 0; tile < BLOCK_TILES; tile++) {
@@ -645,8 +668,8 @@ __device__ __forceinline__ void dense_pass(const Params& p, const Unit* units, c
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
-      decode<B>(p, unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
-      decode<B>(p, unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
+      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step, a[0], a[2]);
+      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step, a[1], a[3]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         int c[4];
@@ -663,7 +686,7 @@ __device__ __forceinline__ void dense_pass(const Params& p, const Unit* units, c
       }
     }
   }
-  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(p, units, fragment, value);
+  if constexpr (I + 1 < PASSES) dense_pass<I + 1>(units, fragment, value);
 }
 
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
@@ -741,7 +764,7 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
-    dense_pass<0>(p, units, fragment, value);
+    dense_pass<0>(units, fragment, value);
     if (first + gridDim.y * 16 < p.tokens) fetch(first + gridDim.y * 16);
 #if ROTATE
     // the input bits that number the steps

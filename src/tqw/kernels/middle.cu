@@ -144,7 +144,7 @@ __device__ __forceinline__ void to_half(u32 levels, u32 scale, u32& low, u32& hi
 
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
-__device__ __forceinline__ void prepare(const Params& p, const Unit& unit, int half, u32 (*a)[4]) {
+__device__ __forceinline__ void prepare(const Unit& unit, int half, u32 (*a)[4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void prepare(const Params& p, const Unit& unit, int h
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       u32 low, high;
-      decode<B>(p, unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, low, high);
+      decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, low, high);
       to_half(low, scale, a[2 * s][h], a[2 * s][h + 2]);
       to_half(high, scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
     }
@@ -161,15 +161,15 @@ __device__ __forceinline__ void prepare(const Params& p, const Unit& unit, int h
 
 // Issues half a tile of pass I and of the passes after it; two sets of A take turns, so that decoding the next overlaps.
 template <int I>
-__device__ __forceinline__ void multiply_half(const Params& p, const Unit& unit, int half, u64 b, float* d, u32 (*a)[4][4]) {
-  prepare<I>(p, unit, half, a[half]);
+__device__ __forceinline__ void multiply_half(const Unit& unit, int half, u64 b, float* d, u32 (*a)[4][4]) {
+  prepare<I>(unit, half, a[half]);
   fence_sums();
 #pragma unroll
   for (int s = 0; s < 4; s++) multiply_async(d, a[half][s], b + 2 * s);
   commit_products();
   if constexpr (I + 1 < PASSES) {
     wait_products<0>();
-    multiply_half<I + 1>(p, unit, half, b, d, a);
+    multiply_half<I + 1>(unit, half, b, d, a);
   }
 }
 
@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   auto work = [&](Unit& unit) {
     barrier_wait(full + 8 * stage, parity);
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
-    multiply_half<0>(p, unit, 0, b, d, a);
+    multiply_half<0>(unit, 0, b, d, a);
     wait_products<1>();  // the tile before is done: refill its stage
     if (last_stage >= 0) {
       if (lane == 0) barrier_arrive(empty + 8 * last_stage);
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
       }
       __syncwarp();
     }
-    multiply_half<0>(p, unit, 1, b + COLUMNS * 128 / 16, d, a);
+    multiply_half<0>(unit, 1, b + COLUMNS * 128 / 16, d, a);
     wait_products<1>();
     load_pass<0>(p, unit, row0, row1, min(tile + 2, end - 1) * TILE, t);
     last_stage = stage, last_parity = parity;
