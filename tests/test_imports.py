@@ -16,8 +16,9 @@ ORDER = [
     "kernels.cpu", "kernels.cuda", "kernels.triton_kernels", "kernels.triton", "kernels.reference", "kernels",
     "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
-    "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
-    "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
+    "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
+    "generate", "peers", "bench", "footprint", "report", "compare", "demo", "cli", "integrations",
+    "integrations.transformers", "registration",
 ]  # fmt: skip
 
 
