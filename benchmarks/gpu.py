@@ -93,7 +93,7 @@ def fp8_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict
     """The op as TQW_CUDA_ACTIVATIONS=fp8 computes it."""
     x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
     weights = [bench.copy_weight(qw) for _ in range(4)]
-    with mock.patch.object(cuda, "_fp8_wanted", lambda: True):
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
         error = bench.checked_error(
             "tqw_fp8", kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.05
         )

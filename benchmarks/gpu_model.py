@@ -207,7 +207,7 @@ def prefill_graph_milliseconds(model: Decoder, ids: Tensor, positions: Tensor) -
 
 
 def fp8_milliseconds(call: Callable[[], float]) -> float:
-    with mock.patch.object(cuda, "_fp8_wanted", lambda: True):
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
         return call()
 
 

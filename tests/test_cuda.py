@@ -85,11 +85,25 @@ def test_graph_capture_and_embedding():
     torch.testing.assert_close(kernels.embedding(ids, qw, torch.float32), dequantize(qw)[ids], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_compiles_without_a_gpu(arch):
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings is not installed")
-    variant = cuda.Variant((3, 4), 256, 64, 64, 128, True, True, 1, column_tiles=2, fused=False, warps=4)
-    assert cuda.compile_source(variant.source(), arch)[:4] == b"\x7fELF"
+    variant = cuda.Variant((3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4)
+    cubin, log = cuda.compile_with_log(variant.source(), arch)
+    assert cubin[:4] == b"\x7fELF"
+    assert log.count("bytes spill stores") == 3
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
+
+
+@pytest.mark.parametrize("tokens", [20, 60, 90, 128, 200, 256, 512])
+def test_middle_kernels_compile_without_spills(tokens):
+    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2)
+    variant = cuda._middle_variant(base, tokens, 4096, h100)
+    assert variant is not None
+    assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
+    _, log = cuda.compile_with_log(variant.source(), "sm_90a")
+    assert " 0 bytes spill stores, 0 bytes spill loads" in log
+    assert "wgmma" not in log  # the compiler says so where it has to serialise them
 
 
 def test_says_why_not_without_a_gpu():

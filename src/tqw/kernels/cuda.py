@@ -154,18 +154,24 @@ def cache_folder() -> Path:
 
 def compile_source(source: str, arch: str) -> bytes:
     """CUDA C++ to a cubin. Needs no GPU. arch: for example "sm_90"."""
+    return compile_with_log(source, arch)[0]
+
+
+def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
+    """`compile_source`, and what the compiler says about registers and spills."""
     nvrtc = import_module("cuda.bindings.nvrtc")
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], []), "nvrtcCreateProgram")
     try:
-        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device"]
+        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device", b"--ptxas-options=-v"]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text = log.decode().rstrip("\0")
         if int(error) != 0:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{log.decode()}")
+            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{text}")
         cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
-        return cubin
+        return cubin, text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
