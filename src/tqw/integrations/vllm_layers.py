@@ -1,0 +1,491 @@
+"""What vLLM needs to run the stored layout: a quantization config, a method for linears and embeddings, one for experts.
+
+Which modules are quantized, at which widths and in which groups is read from the headers of the safetensors files, so
+that config.json's regexes need not be translated into vLLM's names. vLLM fuses q, k, v and gate, up into one layer:
+their rows are stacked, and their equal channel scales become one. The rest is vLLM's own loading by tensor names.
+
+Tensor parallelism cuts a row-parallel layer along its inputs, which must fall on whole groups and whole rotation blocks.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import GroupQuantScaleParameter, RowvLLMParameter
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from tqw import kernels
+from tqw.config import QUANT_METHOD, QuantConfig, format_bits, parse_bits
+from tqw.errors import TqwError
+from tqw.integrations.vllm_experts import ACTIVATIONS, routed_experts_op
+from tqw.layer import ROTATION_MATRIX, attached, kept_weight, parameter_names
+from tqw.pretrained import STORED_MATRIX
+from tqw.weight import QuantizedWeight
+
+BITS_OVERRIDE = "tqw_bits"  # --hf-overrides '{"tqw_bits": "4"}': load the first passes only
+_CHANNEL = "channel_scale"
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+_UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
+    holder = nn.Module()
+    for name, tensor in tensors.items():
+        holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return holder
+
+
+def stored_weights(headers: Mapping[str, Any], rotation: str) -> dict[str, dict[str, QuantizedWeight]]:
+    """Module -> parameter prefix ("" but for experts) -> its weight on the meta device, from safetensors headers."""
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, info in headers.items():
+        if info.get("dtype") in _DTYPES:
+            owner, _, key = name.rpartition(".")
+            empty = torch.empty(info["shape"], dtype=_DTYPES[info["dtype"]], device="meta")
+            owners.setdefault(owner, {})[key] = empty
+    found = {}
+    for owner, tensors in owners.items():
+        channels = [key for key in tensors if key.endswith(_CHANNEL) and "residual_" not in key]
+        if channels:
+            holder = _holder(tensors)
+            prefixes = [key.removesuffix(_CHANNEL).rstrip("_") for key in channels]
+            found[owner] = {prefix: attached(holder, rotation, prefix) for prefix in prefixes}
+    return found
+
+
+def _tensor_names(module: str, prefix: str, passes: Iterable[int]) -> set[str]:
+    return {f"{module}.{name}" for index in passes for name in parameter_names(prefix, index)}
+
+
+def hub_names(model_type: str) -> list[tuple[str, str]]:
+    """(part of a name in transformers, the same on the hub and in vLLM) of mixtures of experts that transformers
+    renames. What it merely fuses vLLM knows."""
+    pairs = []
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        sources = list(conversion.source_patterns)
+        if sources == [".block_sparse_moe."]:
+            pairs.append((".mlp.", ".block_sparse_moe."))
+        elif any(".experts.*.w1." in source for source in sources):
+            pairs += [(".experts.gate_up_proj", ".experts.w13"), (".experts.down_proj", ".experts.w2")]
+    return pairs
+
+
+class _Reader(WeightsMapper):
+    """A WeightsMapper that first lets the config read the stream of stored tensors."""
+
+    read: Callable[[Weights], Weights]
+
+    def apply(self, weights: Weights) -> Weights:
+        return super().apply(self.read(weights))
+
+    def __or__(self, other: WeightsMapper) -> WeightsMapper:
+        return _reader(self.read, super().__or__(other))
+
+    def __ror__(self, other: WeightsMapper) -> WeightsMapper:
+        return _reader(self.read, WeightsMapper.__or__(other, self))
+
+
+def _reader(read: Callable[[Weights], Weights], mapper: WeightsMapper) -> _Reader:
+    reader = _Reader(**vars(mapper))
+    reader.read = read
+    return reader
+
+
+@register_quantization_config(QUANT_METHOD)
+class TqwConfig(QuantizationConfig):
+    """config.json's `quantization_config`, and what the checkpoint stores."""
+
+    def __init__(self, config: QuantConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stored: dict[str, dict[str, QuantizedWeight]] = {}  # by names of the checkpoint, passes to load only
+        self.modules: dict[str, str] = {}  # vLLM's names -> names of the checkpoint
+        self.renamed: list[tuple[str, str]] = []
+        self.dropped: set[str] = set()
+        self.matrices: dict[int, nn.Parameter] = {}
+        self.embedding: str | None = None
+        self.vocabulary = 0
+        self.taken: set[str] = set()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TqwConfig:
+        return cls(QuantConfig.from_dict(config))
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
+    ) -> None:
+        """Called once the model's files are known: read their headers."""
+        del kwargs
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        complete = stored_weights(headers, self.config.rotation)
+        if not complete:
+            raise TqwError(
+                f"expected safetensors files with quantized weights in {model_name}, found none: is the download "
+                "complete?"
+            )
+        bits = getattr(hf_config, BITS_OVERRIDE, None)
+        self.stored = _first_passes(complete, None if bits is None else parse_bits(bits))
+        for module, weights in complete.items():
+            for prefix, qw in weights.items():
+                later = range(len(self.stored[module][prefix].packed), len(qw.packed))
+                self.dropped |= _tensor_names(module, prefix, later)
+        self.renamed = hub_names(getattr(hf_config, "model_type", ""))
+        self.modules = {self._hub_name(name): name for name in self.stored}
+        text_config = hf_config.get_text_config() if hf_config is not None else None
+        self.vocabulary = getattr(text_config, "vocab_size", 0)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def _hub_name(self, name: str) -> str:
+        for ours, theirs in self.renamed:
+            name = name.replace(ours, theirs)
+        return name
+
+    # ------------------------------------------------------------------------------------------------ what runs where
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            name = self._take(prefix) or self._take(prefix.removesuffix(".routed_experts"))
+            return ExpertsMethod(self, name, layer) if name else None
+        if isinstance(layer, VocabParallelEmbedding):
+            name = self._take(prefix)
+            if isinstance(layer, ParallelLMHead):
+                name = name or self.embedding  # a tied head is stored once, under the embedding
+            else:
+                self.embedding = name
+            return TqwLinearMethod(self, [name]) if name else None
+        if isinstance(layer, LinearBase):
+            names = self._parts(prefix)
+            return TqwLinearMethod(self, names) if names else UnquantizedLinearMethod()
+        return None
+
+    def _take(self, prefix: str) -> str | None:
+        name = self.modules.get(prefix)
+        if name is not None:
+            self.taken.add(name)
+        return name
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the layers that vLLM's layer `prefix` is made of; empty when it stays dense."""
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf, [leaf])
+        found = {part: self._take(f"{parent}.{part}" if parent else part) for part in leaves}
+        missing = [part for part, name in found.items() if name is None]
+        names = [name for name in found.values() if name is not None]
+        if names and missing:
+            raise TqwError(
+                f"expected {', '.join(leaves)} of {parent} to be quantized alike, since vLLM fuses them, but "
+                f"{', '.join(missing)} is not: quantize again with one override for all of them"
+            )
+        return names
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        return _reader(self.read, QuantizationConfig.get_checkpoint_weight_mapper())
+
+    def read(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors as vLLM's loaders want them. Names that are none of the checkpoint's pass unchanged: vLLM
+        reads a model in nested steps."""
+        dense: dict[str, dict[str, Tensor]] = {
+            name: {} for name, parts in self.stored.items() if name not in self.taken and self._is_vocabulary(parts)
+        }
+        for name, tensor in weights:
+            module, _, key = name.rpartition(".")
+            if module == STORED_MATRIX:
+                self.matrices[int(key)] = nn.Parameter(tensor, requires_grad=False)
+            elif module in dense:
+                dense[module][key] = tensor
+                yield from self._dense(module, dense[module])
+            elif name not in self.dropped:
+                yield self._hub_name(name), tensor
+
+    def _is_vocabulary(self, parts: Mapping[str, QuantizedWeight]) -> bool:
+        return "" in parts and parts[""].out_features == self.vocabulary
+
+    def _dense(self, module: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The dense table of an embedding for which vLLM's model class offers no quantization, once it is complete."""
+        wanted = {name.rpartition(".")[2] for name in _stored_names(module, "", self.stored[module][""])}
+        if wanted <= set(tensors) and (self.config.rotation != "qr" or self.matrices):
+            qw = attached(_holder(tensors), self.config.rotation)
+            yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
+
+    def matrix(self, qw: QuantizedWeight, device: torch.device) -> nn.Parameter | None:
+        """The checkpoint's rotation matrix for a layer; one tensor for all of them."""
+        if self.config.rotation != "qr":
+            return None
+        if qw.block not in self.matrices:
+            raise TqwError(
+                f"expected a tensor {STORED_MATRIX}.{qw.block} in the checkpoint, found none: download or quantize "
+                "the model again"
+            )
+        matrix = self.matrices[qw.block]
+        if matrix.device != device:
+            matrix = self.matrices[qw.block] = nn.Parameter(matrix.to(device), requires_grad=False)
+        return matrix
+
+
+def _stored_names(module: str, prefix: str, qw: QuantizedWeight) -> set[str]:
+    names = _tensor_names(module, prefix, range(len(qw.packed)))
+    return names - _tensor_names_of_channels(module, prefix, range(len(qw.channel_scale), len(qw.packed)))
+
+
+def _tensor_names_of_channels(module: str, prefix: str, passes: Iterable[int]) -> set[str]:
+    return {f"{module}.{parameter_names(prefix, index)[2]}" for index in passes}
+
+
+def _first_passes(
+    stored: dict[str, dict[str, QuantizedWeight]], bits: tuple[int, ...] | None
+) -> dict[str, dict[str, QuantizedWeight]]:
+    """Weights whose widths begin with `bits`, cut to those passes; others (overrides, embeddings) as they are."""
+    if bits is None:
+        return stored
+    widths = {qw.bits for weights in stored.values() for qw in weights.values()}
+    if not any(width[: len(bits)] == bits for width in widths):
+        raise TqwError(
+            f"expected {BITS_OVERRIDE} to be the first passes of what is stored ({', '.join(map(format_bits, widths))}), "
+            f"got {format_bits(bits)}: quantize the model again at that width"
+        )
+    return {
+        module: {
+            prefix: qw.prefix(len(bits)) if qw.bits[: len(bits)] == bits else qw for prefix, qw in weights.items()
+        }
+        for module, weights in stored.items()
+    }
+
+
+def check_columns(name: str, qw: QuantizedWeight, columns: int) -> None:
+    """A rank's share of the inputs must be whole groups and whole rotation blocks."""
+    if columns == qw.in_features or (
+        qw.padded_in == qw.in_features and columns % qw.group_size == 0 and columns % qw.block == 0
+    ):
+        return
+    raise TqwError(
+        f"{name}: expected a tensor parallel size that cuts {qw.in_features} inputs into whole groups of "
+        f"{qw.group_size} and whole rotation blocks of {qw.block}, got {qw.in_features // columns} ranks of {columns} "
+        "inputs: take a smaller --tensor-parallel-size, or quantize with a smaller --group-size if the block fits"
+    )
+
+
+def _share(stored: Tensor, rows: int, columns: int, qw: QuantizedWeight) -> Tensor:
+    """An unfilled tensor for `rows` outputs and `columns` inputs of a stored one."""
+    return torch.empty(*stored.shape[:-2], rows, stored.shape[-1] * columns // qw.in_features, dtype=stored.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- the layers
+
+
+@register_weight_loader_v2_supported_method
+class TqwLinearMethod(LinearMethodBase):
+    """y = x dequantize(weight)^T + bias for vLLM's linears, output embeddings and input embeddings.
+
+    names: the checkpoint's layers whose rows vLLM stacks in this one.
+    """
+
+    def __init__(self, config: TqwConfig, names: list[str]) -> None:
+        self.config = config
+        self.names = names
+        self.weight = config.stored[names[0]][""]
+        layouts = {name: config.stored[name][""] for name in names}
+        if len({(qw.bits, qw.group_size, len(qw.channel_scale)) for qw in layouts.values()}) > 1:
+            widths = {name: format_bits(qw.bits) for name, qw in layouts.items()}
+            raise TqwError(
+                f"expected the same bits and group size for layers that vLLM fuses, got {widths}: quantize again with "
+                "one override for all of them"
+            )
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None],
+        **extra: Any,
+    ) -> None:
+        del input_size, output_size, params_dtype, extra
+        qw, rows, columns = self.weight, sum(output_partition_sizes), input_size_per_partition
+        check_columns(self.names[0], qw, columns)
+
+        def put(name: str, kind: type, data: Tensor, **dims: int) -> None:
+            layer.register_parameter(name, kind(data=data, weight_loader=_Loader(self.names, weight_loader), **dims))
+
+        for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
+            packed_name, scale_name, channel_name = parameter_names("", index)
+            put(packed_name, GroupQuantScaleParameter, _share(packed, rows, columns, qw), input_dim=1, output_dim=0)
+            put(scale_name, GroupQuantScaleParameter, _share(scale, rows, columns, qw), input_dim=1, output_dim=0)
+            if index < len(qw.channel_scale):
+                put(channel_name, RowvLLMParameter, torch.empty(columns, dtype=torch.uint8), input_dim=0)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """All tensors of the embedding, not only its codes."""
+        layer.__dict__["_tied_to"] = embed_tokens
+        self._share_parameters(layer, embed_tokens)
+        return layer
+
+    @staticmethod
+    def _share_parameters(layer: nn.Module, other: nn.Module) -> None:
+        for name, parameter in other._parameters.items():
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Plain parameters, complete and in the library's own layout."""
+        if "_tied_to" in layer.__dict__:  # comes after its embedding
+            self._share_parameters(layer, layer.__dict__["_tied_to"])
+            return
+        for name, parameter in list(layer._parameters.items()):
+            loader = getattr(parameter, "_weight_loader", None)
+            if isinstance(loader, _Loader):
+                loader.require_complete(name)
+                layer.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
+        matrix = self.config.matrix(self.weight, layer._parameters["weight"].device)
+        if matrix is not None:
+            layer.register_parameter(ROTATION_MATRIX, matrix)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return kernels.linear(x, kept_weight(layer, self.weight.rotation), bias)
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        return kernels.embedding(input_, kept_weight(layer, self.weight.rotation), layer.params_dtype)
+
+
+class _Loader:
+    """vLLM's loader of one parameter, which counts its parts and sees to it that channel scales are equal."""
+
+    def __init__(self, names: list[str], loader: Callable[..., None]) -> None:
+        self.names, self.loader = names, loader
+        self.parts: list[Tensor] = []
+
+    def __call__(self, parameter: nn.Parameter, tensor: Tensor, *shard: Any) -> None:
+        if tensor.ndim == 1 and self.parts and not torch.equal(tensor, self.parts[0]):
+            raise TqwError(
+                f"expected equal channel scales in {', '.join(self.names)}, which read the same input, got different "
+                "ones: quantize the model again"
+            )
+        self.loader(parameter, tensor, *shard)
+        self.parts.append(tensor if tensor.ndim == 1 else tensor[:0])
+
+    def require_complete(self, name: str) -> None:
+        if len(self.parts) != len(self.names):
+            raise TqwError(
+                f"expected the tensor {name} of {', '.join(self.names)} in the checkpoint, got {len(self.parts)} of "
+                f"{len(self.names)}: download or quantize the model again"
+            )
+
+
+class ExpertsMethod(FusedMoEMethodBase):
+    """Routed experts, one expert at a time, behind one op. Names of parameters are vLLM's; layouts are the stored."""
+
+    def __init__(self, config: TqwConfig, name: str, layer: RoutedExperts) -> None:
+        super().__init__(layer.moe_config)
+        self.config, self.name = config, name
+        stored = config.stored[name]
+        if set(stored) != {"gate_up_proj", "down_proj"} or layer.moe_config.has_bias:
+            raise TqwError(
+                f"expected experts with gate_up_proj and down_proj and no biases, got {name}, which vLLM's plug-in of "
+                "tqw does not know: keep its experts dense with an override, or use transformers"
+            )
+        self.activation = layer.activation.value
+        if self.activation not in ACTIVATIONS or layer.swiglu_limit is not None or layer.apply_router_weight_on_input:
+            raise TqwError(
+                f"expected experts that gate with {', '.join(ACTIVATIONS)}, got {self.activation!r} (or a limit, or "
+                f"weights on the input) in {name}: keep its experts dense with an override, or use transformers"
+            )
+        self.up, self.down = stored["gate_up_proj"], stored["down_proj"]
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **extra: Any,
+    ) -> None:
+        del params_dtype, extra
+        middle = intermediate_size_per_partition
+        check_columns(f"{self.name}.down_proj", self.down, middle)
+        self._create(layer, _UP, self.up, num_experts, 2 * middle, hidden_size, weight_loader)
+        self._create(layer, _DOWN, self.down, num_experts, hidden_size, middle, weight_loader)
+
+    def _create(
+        self,
+        layer: RoutedExperts,
+        prefix: str,
+        qw: QuantizedWeight,
+        experts: int,
+        rows: int,
+        columns: int,
+        weight_loader: Callable[..., Any],
+    ) -> None:
+        def put(name: str, tensor: Tensor, **attributes: Any) -> None:
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, attributes)
+
+        grouped = {"weight_loader": weight_loader, "quant_method": FusedMoeWeightScaleSupported.GROUP.value}
+        start = layer.moe_config.tp_rank * columns if columns != qw.in_features else 0
+
+        def load_channel(param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+            del args, kwargs
+            param.data.copy_(loaded_weight[start : start + columns])
+            return True
+
+        for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
+            packed_name, scale_name, channel_name = parameter_names(prefix, index)
+            put(packed_name, _share(packed[:experts], rows, columns, qw), **grouped)
+            put(scale_name, _share(scale[:experts], rows, columns, qw), **grouped)
+            if index < len(qw.channel_scale):
+                put(channel_name, torch.empty(columns, dtype=torch.uint8), weight_loader=load_channel)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        del layer
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        for prefix, qw in ((_UP, self.up), (_DOWN, self.down)):
+            matrix = self.config.matrix(qw, layer._parameters[prefix].device)
+            if matrix is not None:
+                layer.register_parameter(f"{prefix}_{ROTATION_MATRIX}", matrix)
+
+    def apply(self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any) -> Tensor:
+        del shared  # shared experts are run by the caller
+        if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
+            topk_ids = layer.expert_map[topk_ids]
+        up, down = (attached(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
+        return routed_experts_op(x, topk_weights, topk_ids, up, down, self.activation)
