@@ -1,16 +1,18 @@
-"""What vLLM needs to run the stored layout: a quantization config, a method for linears and embeddings, one for experts.
+"""What vLLM needs to run the stored layout: a quantization config, a method for linears, a method for experts.
 
 Which modules are quantized, at which widths and in which groups is read from the headers of the safetensors files, so
 that config.json's regexes need not be translated into vLLM's names. vLLM fuses q, k, v and gate, up into one layer:
 their rows are stacked, and their equal channel scales become one. The rest is vLLM's own loading by tensor names.
 
-Tensor parallelism cuts a row-parallel layer along its inputs, which must fall on whole groups and whole rotation blocks.
+Tensor parallelism cuts a row-parallel layer along its inputs, at whole groups and whole rotation blocks.
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ BITS_OVERRIDE = "tqw_bits"  # --hf-overrides '{"tqw_bits": "4"}': load the first
 _CHANNEL = "channel_scale"
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 _UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
+_EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
 Weights = Iterable[tuple[str, Tensor]]
 
 
@@ -185,7 +188,7 @@ class TqwConfig(QuantizationConfig):
             if isinstance(layer, ParallelLMHead):
                 name = name or self.embedding  # a tied head is stored once, under the embedding
             else:
-                self.embedding = name
+                self.embedding = name = name or self._nameless_embedding(prefix)
             return TqwLinearMethod(self, [name]) if name else None
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
@@ -197,6 +200,14 @@ class TqwConfig(QuantizationConfig):
         if name is not None:
             self.taken.add(name)
         return name
+
+    def _nameless_embedding(self, prefix: str) -> str | None:
+        """The stored input embedding, for model classes that do not say what their embedding is called."""
+        names = (
+            name for name in self.modules if re.search(r"(emb[^.]*|wte)$", name) and not name.endswith("embed_out")
+        )
+        tables = [name for name in names if self._is_vocabulary(self.modules[name])]
+        return self._take(tables[0]) if not prefix and len(tables) == 1 else None
 
     def _parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the layers that vLLM's layer `prefix` is made of; empty when it stays dense."""
@@ -220,28 +231,29 @@ class TqwConfig(QuantizationConfig):
     def read(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """The stored tensors as vLLM's loaders want them. Names that are none of the checkpoint's pass unchanged: vLLM
         reads a model in nested steps."""
-        dense: dict[str, dict[str, Tensor]] = {
-            name: {} for name, parts in self.stored.items() if name not in self.taken and self._is_vocabulary(parts)
-        }
+        tables: dict[str, dict[str, Tensor]] = {name: {} for name in self.stored if self._needs_dense(name)}
         for name, tensor in weights:
             module, _, key = name.rpartition(".")
             if module == STORED_MATRIX:
                 self.matrices[int(key)] = nn.Parameter(tensor, requires_grad=False)
-            elif module in dense:
-                dense[module][key] = tensor
-                yield from self._dense(module, dense[module])
-            elif name not in self.dropped:
+            elif name in self.dropped:
+                continue
+            elif module in tables:
+                tables[module][key] = tensor
+            else:
                 yield self._hub_name(name), tensor
+        for module, tensors in tables.items():
+            if tensors:
+                qw = attached(_holder(tensors), self.config.rotation)
+                qw = replace(qw, rotation_matrix=self.matrix(qw, qw.device))
+                yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
 
-    def _is_vocabulary(self, parts: Mapping[str, QuantizedWeight]) -> bool:
-        return "" in parts and parts[""].out_features == self.vocabulary
+    def _needs_dense(self, name: str) -> bool:
+        """An embedding or head that vLLM's model class builds without asking for its quantization."""
+        return name not in self.taken and self._is_vocabulary(name)
 
-    def _dense(self, module: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The dense table of an embedding for which vLLM's model class offers no quantization, once it is complete."""
-        wanted = {name.rpartition(".")[2] for name in _stored_names(module, "", self.stored[module][""])}
-        if wanted <= set(tensors) and (self.config.rotation != "qr" or self.matrices):
-            qw = attached(_holder(tensors), self.config.rotation)
-            yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
+    def _is_vocabulary(self, name: str) -> bool:
+        return "" in self.stored[name] and self.stored[name][""].out_features == self.vocabulary
 
     def matrix(self, qw: QuantizedWeight, device: torch.device) -> nn.Parameter | None:
         """The checkpoint's rotation matrix for a layer; one tensor for all of them."""
@@ -258,15 +270,6 @@ class TqwConfig(QuantizationConfig):
         return matrix
 
 
-def _stored_names(module: str, prefix: str, qw: QuantizedWeight) -> set[str]:
-    names = _tensor_names(module, prefix, range(len(qw.packed)))
-    return names - _tensor_names_of_channels(module, prefix, range(len(qw.channel_scale), len(qw.packed)))
-
-
-def _tensor_names_of_channels(module: str, prefix: str, passes: Iterable[int]) -> set[str]:
-    return {f"{module}.{parameter_names(prefix, index)[2]}" for index in passes}
-
-
 def _first_passes(
     stored: dict[str, dict[str, QuantizedWeight]], bits: tuple[int, ...] | None
 ) -> dict[str, dict[str, QuantizedWeight]]:
@@ -276,13 +279,11 @@ def _first_passes(
     widths = {qw.bits for weights in stored.values() for qw in weights.values()}
     if not any(width[: len(bits)] == bits for width in widths):
         raise TqwError(
-            f"expected {BITS_OVERRIDE} to be the first passes of what is stored ({', '.join(map(format_bits, widths))}), "
-            f"got {format_bits(bits)}: quantize the model again at that width"
+            f"expected {BITS_OVERRIDE} to be the first passes of what is stored "
+            f"({', '.join(sorted(map(format_bits, widths)))}), got {format_bits(bits)}: quantize the model again"
         )
     return {
-        module: {
-            prefix: qw.prefix(len(bits)) if qw.bits[: len(bits)] == bits else qw for prefix, qw in weights.items()
-        }
+        module: {prefix: qw.prefix(len(bits)) if qw.bits[: len(bits)] == bits else qw for prefix, qw in weights.items()}
         for module, weights in stored.items()
     }
 
@@ -373,14 +374,14 @@ class TqwLinearMethod(LinearMethodBase):
             if isinstance(loader, _Loader):
                 loader.require_complete(name)
                 layer.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
-        matrix = self.config.matrix(self.weight, layer._parameters["weight"].device)
+        matrix = self.config.matrix(self.weight, layer.get_parameter("weight").device)
         if matrix is not None:
             layer.register_parameter(ROTATION_MATRIX, matrix)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return kernels.linear(x, kept_weight(layer, self.weight.rotation), bias)
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return kernels.embedding(input_, kept_weight(layer, self.weight.rotation), layer.params_dtype)
 
 
@@ -479,12 +480,20 @@ class ExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         for prefix, qw in ((_UP, self.up), (_DOWN, self.down)):
-            matrix = self.config.matrix(qw, layer._parameters[prefix].device)
+            matrix = self.config.matrix(qw, layer.get_parameter(prefix).device)
             if matrix is not None:
                 layer.register_parameter(f"{prefix}_{ROTATION_MATRIX}", matrix)
 
-    def apply(self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any) -> Tensor:
-        del shared  # shared experts are run by the caller
+    def apply(  # type: ignore[override]
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        del shared_experts, shared_experts_input  # run by the caller
         if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
             topk_ids = layer.expert_map[topk_ids]
         up, down = (attached(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
