@@ -369,7 +369,7 @@ class TqwLinearMethod(LinearMethodBase):
         if "_tied_to" in layer.__dict__:  # comes after its embedding
             self._share_parameters(layer, layer.__dict__["_tied_to"])
             return
-        for name, parameter in list(layer._parameters.items()):
+        for name, parameter in list(layer.named_parameters(recurse=False)):
             loader = getattr(parameter, "_weight_loader", None)
             if isinstance(loader, _Loader):
                 loader.require_complete(name)
