@@ -27,7 +27,7 @@ if find_spec("vllm") is None:
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: many models, one import
-# Random models have near-ties among their logits, and the last bit of attention decides how an activation rounds to int8.
+# Random models have near-ties among their logits; how an activation rounds to int8 hangs on attention's last bit.
 os.environ["TQW_CPU_ACTIVATIONS"] = "float"
 
 PROMPTS = [list(range(3 + start, 15 + start)) for start in (0, 40)]
@@ -100,7 +100,8 @@ def vllm_tokens(folder: Path, **options: Any) -> list[list[int]]:
 
 def generated(model: Any) -> list[list[int]]:
     """Greedy continuations by transformers."""
-    limits = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    model.generation_config.eos_token_id = None  # as vLLM's ignore_eos: to the end, and the token allowed
+    limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     return [model.generate(torch.tensor([ids]), **limits)[0, len(ids) :].tolist() for ids in PROMPTS]
 
 

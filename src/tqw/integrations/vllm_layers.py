@@ -125,7 +125,7 @@ class TqwConfig(QuantizationConfig):
         self.dropped: set[str] = set()
         self.matrices: dict[int, nn.Parameter] = {}
         self.embedding: str | None = None
-        self.vocabulary = 0
+        self.vocabulary, self.tied = 0, False
         self.taken: set[str] = set()
 
     @classmethod
@@ -168,6 +168,7 @@ class TqwConfig(QuantizationConfig):
         self.modules = {self._hub_name(name): name for name in self.stored}
         text_config = hf_config.get_text_config() if hf_config is not None else None
         self.vocabulary = getattr(text_config, "vocab_size", 0)
+        self.tied = bool(getattr(text_config, "tie_word_embeddings", False))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
@@ -186,7 +187,7 @@ class TqwConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             name = self._take(prefix)
             if isinstance(layer, ParallelLMHead):
-                name = name or self.embedding  # a tied head is stored once, under the embedding
+                name = name or (self.embedding if self.tied else None)  # stored once, under the embedding
             else:
                 self.embedding = name = name or self._nameless_embedding(prefix)
             return TqwLinearMethod(self, [name]) if name else None
