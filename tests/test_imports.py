@@ -17,7 +17,7 @@ ORDER = [
     # the edge: nothing above imports it
     "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
     "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
-    "integrations.vllm_experts", "integrations.vllm_layers", "integrations.vllm",
+    "integrations.serving", "integrations.vllm_experts", "integrations.vllm_layers", "integrations.vllm",
 ]  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_ranks_that_cut_a_rotation_block(quantized, monkeypatch, capfd):
         vllm_tokens(folder, enforce_eager=True, tensor_parallel_size=2)
     message = (
         "model.layers.0.mlp.down_proj: expected a tensor parallel size that cuts 128 inputs into whole groups of 64 "
-        "and whole rotation blocks of 128, got 2 ranks of 64 inputs: take a smaller --tensor-parallel-size"
+        "and whole rotation blocks of 128, got 2 ranks of 64 inputs: take a smaller tensor parallel size"
     )
     assert message in "".join(capfd.readouterr())
 
@@ -200,30 +200,28 @@ def quantization_config(folder: Path) -> Any:
     hf_config = AutoConfig.from_pretrained(folder)
     config = get_quantization_config("tqw").from_config(hf_config.quantization_config)
     config.maybe_update_config(str(folder), hf_config=hf_config)
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     return config
 
 
 def test_layers_that_vllm_fuses_must_be_alike(quantized):
-    from tqw.integrations import vllm_layers
+    from tqw.integrations.serving import StackedRows, parts_of
 
     config = quantization_config(quantized("llama", bits="4+4"))
-    attention = "model.layers.0.self_attn"
-    names = config._parts(f"{attention}.qkv_proj")
-    assert names == [f"{attention}.{part}_proj" for part in "qkv"]
-    narrower = config.stored[names[1]][""].prefix(1)
-    config.stored[names[1]] = {"": narrower}
-    with pytest.raises(tqw.TqwError, match="expected the same bits and group size for layers that vLLM fuses, got"):
-        vllm_layers.TqwLinearMethod(config, names)
+    layer, fused = "model.layers.0.self_attn", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    names = parts_of(f"{layer}.qkv_proj", fused, config._take)
+    assert names == [f"{layer}.{part}_proj" for part in "qkv"]
+    config.stored[names[1]] = {"": config.stored[names[1]][""].prefix(1)}
+    with pytest.raises(tqw.TqwError, match="expected the same bits and group size for layers that are fused here, got"):
+        StackedRows(config.stored, names)
     del config.modules[names[1]]
-    with pytest.raises(tqw.TqwError, match=f"of {attention} to be quantized alike, since vLLM fuses them, but k_proj"):
-        config._parts(f"{attention}.qkv_proj")
+    with pytest.raises(tqw.TqwError, match=f"of {layer} to be quantized alike, since they are fused here, but k_proj"):
+        parts_of(f"{layer}.qkv_proj", fused, config._take)
 
 
 def test_fused_layers_need_equal_channel_scales():
-    from tqw.integrations import vllm_layers
+    from tqw.integrations.serving import PartLoader
 
-    loader = vllm_layers._Loader(["q", "k"], lambda parameter, tensor, shard: None)
+    loader = PartLoader(["q", "k"], lambda parameter, tensor, shard: None)
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     loader(parameter, torch.ones(4, dtype=torch.uint8), "q")
     with pytest.raises(tqw.TqwError, match="expected the tensor channel_scale of q, k in the checkpoint, got 1 of 2"):

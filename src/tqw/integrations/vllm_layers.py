@@ -1,17 +1,14 @@
 """What vLLM needs to run the stored layout: a quantization config, a method for linears, a method for experts.
 
 Which modules are quantized, at which widths and in which groups is read from the headers of the safetensors files, so
-that config.json's regexes need not be translated into vLLM's names. vLLM fuses q, k, v and gate, up into one layer:
-their rows are stacked, and their equal channel scales become one. The rest is vLLM's own loading by tensor names.
-
-Tensor parallelism cuts a row-parallel layer along its inputs, at whole groups and whole rotation blocks.
+that config.json's regexes need not be translated into vLLM's names. Loading is vLLM's own, by tensor names.
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,48 +31,28 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from tqw import kernels
-from tqw.config import QUANT_METHOD, QuantConfig, format_bits, parse_bits
+from tqw.config import QUANT_METHOD, QuantConfig, parse_bits
 from tqw.errors import TqwError
+from tqw.integrations.serving import (
+    BITS_OVERRIDE,
+    StackedRows,
+    Stored,
+    check_columns,
+    first_passes,
+    holder,
+    parts_of,
+    stored_weights,
+    tensor_names,
+    unfilled,
+)
 from tqw.integrations.vllm_experts import ACTIVATIONS, routed_experts_op
-from tqw.layer import ROTATION_MATRIX, attached, kept_weight, parameter_names
+from tqw.layer import ROTATION_MATRIX, attached, parameter_names
 from tqw.pretrained import STORED_MATRIX
 from tqw.weight import QuantizedWeight
 
-BITS_OVERRIDE = "tqw_bits"  # --hf-overrides '{"tqw_bits": "4"}': load the first passes only
-_CHANNEL = "channel_scale"
-_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 _UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
 _EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
 Weights = Iterable[tuple[str, Tensor]]
-
-
-def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
-    holder = nn.Module()
-    for name, tensor in tensors.items():
-        holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    return holder
-
-
-def stored_weights(headers: Mapping[str, Any], rotation: str) -> dict[str, dict[str, QuantizedWeight]]:
-    """Module -> parameter prefix ("" but for experts) -> its weight on the meta device, from safetensors headers."""
-    owners: dict[str, dict[str, Tensor]] = {}
-    for name, info in headers.items():
-        if info.get("dtype") in _DTYPES:
-            owner, _, key = name.rpartition(".")
-            empty = torch.empty(info["shape"], dtype=_DTYPES[info["dtype"]], device="meta")
-            owners.setdefault(owner, {})[key] = empty
-    found = {}
-    for owner, tensors in owners.items():
-        channels = [key for key in tensors if key.endswith(_CHANNEL) and "residual_" not in key]
-        if channels:
-            holder = _holder(tensors)
-            prefixes = [key.removesuffix(_CHANNEL).rstrip("_") for key in channels]
-            found[owner] = {prefix: attached(holder, rotation, prefix) for prefix in prefixes}
-    return found
-
-
-def _tensor_names(module: str, prefix: str, passes: Iterable[int]) -> set[str]:
-    return {f"{module}.{name}" for index in passes for name in parameter_names(prefix, index)}
 
 
 def hub_names(model_type: str) -> list[tuple[str, str]]:
@@ -119,7 +96,7 @@ class TqwConfig(QuantizationConfig):
     def __init__(self, config: QuantConfig) -> None:
         super().__init__()
         self.config = config
-        self.stored: dict[str, dict[str, QuantizedWeight]] = {}  # by names of the checkpoint, passes to load only
+        self.stored: Stored = {}  # by names of the checkpoint, passes to load only
         self.modules: dict[str, str] = {}  # vLLM's names -> names of the checkpoint
         self.renamed: list[tuple[str, str]] = []
         self.dropped: set[str] = set()
@@ -153,17 +130,12 @@ class TqwConfig(QuantizationConfig):
         del kwargs
         headers = get_safetensors_params_metadata(model_name, revision=revision)
         complete = stored_weights(headers, self.config.rotation)
-        if not complete:
-            raise TqwError(
-                f"expected safetensors files with quantized weights in {model_name}, found none: is the download "
-                "complete?"
-            )
         bits = getattr(hf_config, BITS_OVERRIDE, None)
-        self.stored = _first_passes(complete, None if bits is None else parse_bits(bits))
+        self.stored = first_passes(complete, None if bits is None else parse_bits(bits))
         for module, weights in complete.items():
             for prefix, qw in weights.items():
                 later = range(len(self.stored[module][prefix].packed), len(qw.packed))
-                self.dropped |= _tensor_names(module, prefix, later)
+                self.dropped |= tensor_names(module, prefix, later)
         self.renamed = hub_names(getattr(hf_config, "model_type", ""))
         self.modules = {self._hub_name(name): name for name in self.stored}
         text_config = hf_config.get_text_config() if hf_config is not None else None
@@ -192,7 +164,7 @@ class TqwConfig(QuantizationConfig):
                 self.embedding = name = name or self._nameless_embedding(prefix)
             return TqwLinearMethod(self, [name]) if name else None
         if isinstance(layer, LinearBase):
-            names = self._parts(prefix)
+            names = parts_of(prefix, self.packed_modules_mapping, self._take)
             return TqwLinearMethod(self, names) if names else UnquantizedLinearMethod()
         return None
 
@@ -209,20 +181,6 @@ class TqwConfig(QuantizationConfig):
         )
         tables = [name for name in names if self._is_vocabulary(self.modules[name])]
         return self._take(tables[0]) if not prefix and len(tables) == 1 else None
-
-    def _parts(self, prefix: str) -> list[str]:
-        """Names in the checkpoint of the layers that vLLM's layer `prefix` is made of; empty when it stays dense."""
-        parent, _, leaf = prefix.rpartition(".")
-        leaves = self.packed_modules_mapping.get(leaf, [leaf])
-        found = {part: self._take(f"{parent}.{part}" if parent else part) for part in leaves}
-        missing = [part for part, name in found.items() if name is None]
-        names = [name for name in found.values() if name is not None]
-        if names and missing:
-            raise TqwError(
-                f"expected {', '.join(leaves)} of {parent} to be quantized alike, since vLLM fuses them, but "
-                f"{', '.join(missing)} is not: quantize again with one override for all of them"
-            )
-        return names
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -245,7 +203,7 @@ class TqwConfig(QuantizationConfig):
                 yield self._hub_name(name), tensor
         for module, tensors in tables.items():
             if tensors:
-                qw = attached(_holder(tensors), self.config.rotation)
+                qw = attached(holder(tensors), self.config.rotation)
                 qw = replace(qw, rotation_matrix=self.matrix(qw, qw.device))
                 yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
 
@@ -271,63 +229,16 @@ class TqwConfig(QuantizationConfig):
         return matrix
 
 
-def _first_passes(
-    stored: dict[str, dict[str, QuantizedWeight]], bits: tuple[int, ...] | None
-) -> dict[str, dict[str, QuantizedWeight]]:
-    """Weights whose widths begin with `bits`, cut to those passes; others (overrides, embeddings) as they are."""
-    if bits is None:
-        return stored
-    widths = {qw.bits for weights in stored.values() for qw in weights.values()}
-    if not any(width[: len(bits)] == bits for width in widths):
-        raise TqwError(
-            f"expected {BITS_OVERRIDE} to be the first passes of what is stored "
-            f"({', '.join(sorted(map(format_bits, widths)))}), got {format_bits(bits)}: quantize the model again"
-        )
-    return {
-        module: {prefix: qw.prefix(len(bits)) if qw.bits[: len(bits)] == bits else qw for prefix, qw in weights.items()}
-        for module, weights in stored.items()
-    }
-
-
-def check_columns(name: str, qw: QuantizedWeight, columns: int) -> None:
-    """A rank's share of the inputs must be whole groups and whole rotation blocks."""
-    if columns == qw.in_features or (
-        qw.padded_in == qw.in_features and columns % qw.group_size == 0 and columns % qw.block == 0
-    ):
-        return
-    raise TqwError(
-        f"{name}: expected a tensor parallel size that cuts {qw.in_features} inputs into whole groups of "
-        f"{qw.group_size} and whole rotation blocks of {qw.block}, got {qw.in_features // columns} ranks of {columns} "
-        "inputs: take a smaller --tensor-parallel-size, or quantize with a smaller --group-size if the block fits"
-    )
-
-
-def _share(stored: Tensor, rows: int, columns: int, qw: QuantizedWeight) -> Tensor:
-    """An unfilled tensor for `rows` outputs and `columns` inputs of a stored one."""
-    return torch.empty(*stored.shape[:-2], rows, stored.shape[-1] * columns // qw.in_features, dtype=stored.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------- the layers
 
 
 @register_weight_loader_v2_supported_method
 class TqwLinearMethod(LinearMethodBase):
-    """y = x dequantize(weight)^T + bias for vLLM's linears, output embeddings and input embeddings.
-
-    names: the checkpoint's layers whose rows vLLM stacks in this one.
-    """
+    """vLLM's linears, output embeddings and input embeddings, made of the stored layers `names`."""
 
     def __init__(self, config: TqwConfig, names: list[str]) -> None:
         self.config = config
-        self.names = names
-        self.weight = config.stored[names[0]][""]
-        layouts = {name: config.stored[name][""] for name in names}
-        if len({(qw.bits, qw.group_size, len(qw.channel_scale)) for qw in layouts.values()}) > 1:
-            widths = {name: format_bits(qw.bits) for name, qw in layouts.items()}
-            raise TqwError(
-                f"expected the same bits and group size for layers that vLLM fuses, got {widths}: quantize again with "
-                "one override for all of them"
-            )
+        self.rows = StackedRows(config.stored, names)
 
     def create_weights(
         self,
@@ -341,18 +252,9 @@ class TqwLinearMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         del input_size, output_size, params_dtype, extra
-        qw, rows, columns = self.weight, sum(output_partition_sizes), input_size_per_partition
-        check_columns(self.names[0], qw, columns)
-
-        def put(name: str, kind: type, data: Tensor, **dims: int) -> None:
-            layer.register_parameter(name, kind(data=data, weight_loader=_Loader(self.names, weight_loader), **dims))
-
-        for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
-            packed_name, scale_name, channel_name = parameter_names("", index)
-            put(packed_name, GroupQuantScaleParameter, _share(packed, rows, columns, qw), input_dim=1, output_dim=0)
-            put(scale_name, GroupQuantScaleParameter, _share(scale, rows, columns, qw), input_dim=1, output_dim=0)
-            if index < len(qw.channel_scale):
-                put(channel_name, RowvLLMParameter, torch.empty(columns, dtype=torch.uint8), input_dim=0)
+        outputs = sum(output_partition_sizes)
+        classes = GroupQuantScaleParameter, RowvLLMParameter
+        self.rows.create(layer, outputs, input_size_per_partition, weight_loader, *classes)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """All tensors of the embedding, not only its codes."""
@@ -366,48 +268,16 @@ class TqwLinearMethod(LinearMethodBase):
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Plain parameters, complete and in the library's own layout."""
         if "_tied_to" in layer.__dict__:  # comes after its embedding
             self._share_parameters(layer, layer.__dict__["_tied_to"])
-            return
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            loader = getattr(parameter, "_weight_loader", None)
-            if isinstance(loader, _Loader):
-                loader.require_complete(name)
-                layer.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
-        matrix = self.config.matrix(self.weight, layer.get_parameter("weight").device)
-        if matrix is not None:
-            layer.register_parameter(ROTATION_MATRIX, matrix)
+        else:
+            self.rows.finish(layer, self.config.matrix)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return kernels.linear(x, kept_weight(layer, self.weight.rotation), bias)
+        return self.rows.linear(layer, x, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        return kernels.embedding(input_, kept_weight(layer, self.weight.rotation), layer.params_dtype)
-
-
-class _Loader:
-    """vLLM's loader of one parameter, which counts its parts and sees to it that channel scales are equal."""
-
-    def __init__(self, names: list[str], loader: Callable[..., None]) -> None:
-        self.names, self.loader = names, loader
-        self.parts: list[Tensor] = []
-
-    def __call__(self, parameter: nn.Parameter, tensor: Tensor, *shard: Any) -> None:
-        if tensor.ndim == 1 and self.parts and not torch.equal(tensor, self.parts[0]):
-            raise TqwError(
-                f"expected equal channel scales in {', '.join(self.names)}, which read the same input, got different "
-                "ones: quantize the model again"
-            )
-        self.loader(parameter, tensor, *shard)
-        self.parts.append(tensor if tensor.ndim == 1 else tensor[:0])
-
-    def require_complete(self, name: str) -> None:
-        if len(self.parts) != len(self.names):
-            raise TqwError(
-                f"expected the tensor {name} of {', '.join(self.names)} in the checkpoint, got {len(self.parts)} of "
-                f"{len(self.names)}: download or quantize the model again"
-            )
+        return self.rows.embedding(layer, input_, layer.params_dtype)
 
 
 class ExpertsMethod(FusedMoEMethodBase):
@@ -471,8 +341,8 @@ class ExpertsMethod(FusedMoEMethodBase):
 
         for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
             packed_name, scale_name, channel_name = parameter_names(prefix, index)
-            put(packed_name, _share(packed[:experts], rows, columns, qw), **grouped)
-            put(scale_name, _share(scale[:experts], rows, columns, qw), **grouped)
+            put(packed_name, unfilled(packed[:experts], rows, columns, qw), **grouped)
+            put(scale_name, unfilled(scale[:experts], rows, columns, qw), **grouped)
             if index < len(qw.channel_scale):
                 put(channel_name, torch.empty(columns, dtype=torch.uint8), weight_loader=load_channel)
 
