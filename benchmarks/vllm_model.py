@@ -54,7 +54,7 @@ def measure(name: str, eager: bool) -> dict[str, float]:
     return {"first_token_milliseconds": 1e3 * statistics.median(first), "decode_tokens_per_second": 1 / step}
 
 
-def prepare() -> None:
+def prepare(methods: list[str]) -> None:
     import torch
 
     from tqw.config import QuantConfig
@@ -62,8 +62,9 @@ def prepare() -> None:
     from tqw.source import DEMO
 
     FOLDER.mkdir(parents=True, exist_ok=True)
+    needed = {METHODS[name][0] for name in methods} | {"tqw_4bit"}
     for name, settings in {"tqw_4bit": {}, "tqw_4bit_head8": {"lm_head": "8", "embedding": "8"}}.items():
-        if not (FOLDER / name).exists():
+        if name in needed and not (FOLDER / name).exists():
             quantize_pretrained(DEMO, FOLDER / name, QuantConfig(group_size=64, **settings), calibrate="none")
     if not (FOLDER / "dense").exists():
         export(FOLDER / "tqw_4bit", FOLDER / "dense", torch.float32)
@@ -80,11 +81,12 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.eager)))  # noqa: T201
         return
-    prepare()
+    prepare(arguments.methods)
     from tqw.report import document
 
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"
+        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
     }  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.methods}
     for _ in range(arguments.rounds):

@@ -18,6 +18,7 @@ ORDER = [
     "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
     "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
     "integrations.serving", "integrations.vllm_experts", "integrations.vllm_layers", "integrations.vllm",
+    "integrations.sglang_layers", "integrations.sglang",
 ]  # fmt: skip
 
 
