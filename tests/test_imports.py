@@ -16,7 +16,8 @@ ORDER = [
     "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
     "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
-    "report", "compare", "demo", "cli", "integrations", "integrations.transformers", "registration",
+    "report", "compare", "demo", "integrations", "integrations.lm_eval", "cli", "integrations.transformers",
+    "registration",
 ]  # fmt: skip
 
 
