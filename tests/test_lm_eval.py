@@ -7,53 +7,12 @@ import json
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import QUESTIONS, letters_tokenizer, tiny
 
 import tqw
 from tqw.cli import main
 from tqw.errors import TqwError
 from tqw.integrations.lm_eval import evaluate_tasks
-
-TASK = """task: letters
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {file}
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-"""
-QUESTIONS = [("abc", ["d", "z"], 0), ("xyz", ["q", "a"], 1), ("mno", ["p", "b"], 0), ("hij", ["k", "f"], 0)]
-
-
-def tokenizer():
-    """Characters as tokens, with the interface that lm-eval uses."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {chr(97 + i): 3 + i for i in range(26)}
-    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **letters, " ": 40, "<unk>": 41}, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-@pytest.fixture
-def task(tmp_path, monkeypatch):
-    """The directory of a task with four questions; datasets caches in the temporary directory."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "letters.jsonl"
-    lines = [json.dumps({"question": q, "choices": choices, "answer": a}) for q, choices, a in QUESTIONS]
-    file.write_text("\n".join(lines) + "\n")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "letters.yaml").write_text(TASK.format(file=file))
-    return folder
 
 
 @pytest.fixture
@@ -61,14 +20,14 @@ def directory(tmp_path):
     """A quantized directory with a tokenizer."""
     model = tiny("llama")
     model.save_pretrained(tmp_path / "float")
-    tokenizer().save_pretrained(tmp_path / "float")
+    letters_tokenizer().save_pretrained(tmp_path / "float")
     tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none")
     return tmp_path / "out"
 
 
 def right_answers(model) -> float:
     """The share of questions whose right choice the model finds likelier, computed without lm-eval."""
-    encode, right = tokenizer(), 0
+    encode, right = letters_tokenizer(), 0
     for question, choices, answer in QUESTIONS:
         scores = []
         for choice in choices:
@@ -83,7 +42,7 @@ def right_answers(model) -> float:
 
 def test_scores_of_a_loaded_model_are_those_of_its_likelihoods(task, directory):
     model = tqw.load(directory)
-    (row,) = evaluate_tasks(model, tokenizer(), ["letters"], include_path=task)
+    (row,) = evaluate_tasks(model, letters_tokenizer(), ["letters"], include_path=task)
     assert row["task"] == "letters"
     assert row["samples"] == len(QUESTIONS)
     assert row["acc"] == right_answers(model)

@@ -147,13 +147,13 @@ def main() -> None:
         report = tqw.quantize_model(model, tqw.QuantConfig(**settings), input_power=powers[statistics], **feedback)
         facts = {"bits_per_weight": report.bits_per_weight(), "statistics": statistics}
         rows.append({"config": label, **facts, **agreement(embed(model, tokenizer, texts), expected)})
-        print(rows[-1], flush=True)  # noqa: T201
+        print(rows[-1], flush=True)
     names = [decision.name for decision in resolve(dense, tqw.QuantConfig())[1] if decision.bits]
     for label, quantizer in BASELINES.items():
         with torch.no_grad(), baseline_weights(dense, names, quantizer) as size:
             facts = {"bits_per_weight": size.bits_per_weight, "statistics": "none"}
             rows.append({"config": label, **facts, **agreement(embed(dense, tokenizer, texts), expected)})
-        print(rows[-1], flush=True)  # noqa: T201
+        print(rows[-1], flush=True)
     extra = {
         "model": PACKAGE,
         "text": "pydoc_data.topics",

@@ -1,11 +1,11 @@
 """The comparison with other quantizers: one float model, one text, one harness, every method in its own process.
 
-    python benchmarks/quality/run.py --peers PEER_PYTHON [--rows REGEX] [--max-tokens 4096] [--work DIR] [--model demo]
+    python benchmarks/quality/run.py --peers PEER_PYTHON [--rows REGEX] [--renew] [--max-tokens 4096] [--work DIR]
 
 Every method gets the same float weights (decoder linears only) and, where it calibrates, the same sequences, which the
 model wrote itself. What a peer stores is dequantized by its own code; all are scored by `tqw.evaluate`, the code of
-`tqw eval DIR --reference FLOAT`. Writes benchmarks/results/quality_peers.json after each row; a call with --rows renews
-those rows and keeps the others. A method that fails is a row with the error. `picture.py` draws the result.
+`tqw eval DIR --reference FLOAT`. Writes benchmarks/results/quality_peers.json after each row; rows that are there
+already are kept, unless --renew. A method that fails is a row with the error. `picture.py` draws the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "results" / "quality_peers.json"
 CONTEXT = 1024
 SEQUENCES, LENGTH = 32, 256
-OURS = ("original", "4", "4:calibrate=none", "3", "5", "6", "8", "4:method=gptq", "3:method=gptq", "5:method=gptq")
+OURS = ("original", "4", "4:calibrate=none", "3", "5", "6", "8")
+FEEDBACK = ("4:method=gptq", "3:method=gptq", "5:method=gptq", "6:method=gptq")
 PEERS = (  # names of peers.py, the telling ones first
     "bitsandbytes NF4", "sinq 4", "sinq 4 NF4", "hqq 4", "torchao intx 4",
     "llama.cpp Q4_K_M", "llama.cpp Q4_K_M imatrix", "llama.cpp IQ4_XS", "llama.cpp IQ4_XS imatrix",
@@ -82,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=sys.executable, help="the python of the peers' environment")
     parser.add_argument("--rows", default="", help="only methods whose name matches")
+    parser.add_argument("--renew", action="store_true", help="measure those rows again")
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     parser.add_argument("--model", default="demo")
@@ -102,9 +104,10 @@ def main() -> None:
             rows = {row["config"]: row for row in old["rows"]}
     wanted = [(name, sys.executable, "ours.py") for name in OURS]
     wanted += [(name, arguments.peers, "peers.py") for name in PEERS]
+    wanted += [(name, sys.executable, "ours.py") for name in FEEDBACK]  # the slow ones last
     for name, python, script in wanted:
         label = f"tqw {name}" if script == "ours.py" and name != "original" else name
-        if not re.search(arguments.rows, label):
+        if not re.search(arguments.rows, label) or (label in rows and not arguments.renew):
             continue
         out, facts = quantized(python, script, name, work, arguments.seconds)
         row = {"config": label, **facts}
@@ -112,11 +115,11 @@ def main() -> None:
             source = find(str(out))
             row |= asdict(evaluate(load(out) if is_quantized(source) else load_float(source), ids, reference))
         rows[label] = row
-        order = {name: index for index, name in enumerate(["float", *OURS, *PEERS])}
+        order = {name: index for index, name in enumerate(["float", *OURS, *FEEDBACK, *PEERS])}
         ordered = sorted(rows.values(), key=lambda row: order.get(row["config"].removeprefix("tqw "), 99))
         extra = {"model": arguments.model, "text": origin, "context": CONTEXT, "tokens": ids.numel(), "group_size": 64}
         write_json(arguments.out, document(ordered, **extra))
-        print(label, {k: v for k, v in row.items() if k not in ("config", "versions")}, flush=True)  # noqa: T201
+        print(label, {k: v for k, v in row.items() if k not in ("config", "versions")}, flush=True)
 
 
 if __name__ == "__main__":

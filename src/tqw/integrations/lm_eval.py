@@ -46,7 +46,8 @@ def evaluate_tasks(
             "--include-path adds a directory of your own"
         )
     device = str(next(model.parameters()).device)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    wrap: Any = HFLM  # its base class hides the arguments from type checkers
+    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
     results: Any = simple_evaluate(
         wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
     )
