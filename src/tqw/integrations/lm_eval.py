@@ -37,9 +37,11 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if task not in known]
+    folder = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)  # its own index takes many seconds
+    if not set(tasks) <= set(manager.all_tasks) and folder is not None:
+        manager = TaskManager(include_path=folder)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown or not tasks:
         raise TqwError(
             f"expected tasks that lm-eval knows, got {', '.join(unknown) or 'none'}: `lm-eval ls tasks` lists them, "
