@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from peers import peak_memory
+
 from tqw.calibrate import LENGTH, SEQUENCES
 from tqw.compare import Comparison, parse_recipe
 from tqw.evaluate import windows

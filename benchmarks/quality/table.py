@@ -15,13 +15,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     measured = [row for row in rows if "error" not in row and row["config"] != "float"]
     for row in sorted(measured, key=lambda row: (round(row["bits_per_weight"] * 2), row["mean_kl_divergence"])):
-        kld = row["mean_kl_divergence"]
+        kld, memory = row["mean_kl_divergence"], row["peak_memory_bytes"]
         ours = row["config"].startswith("tqw")
         cells = (
             f"**{row['config']}**" if ours else row["config"], f"{row['bits_per_weight']:.2f}", f"{kld:.4f}",
             f"{kld / unit:.3f}", f"{row['top1_agreement']:.3f}", f"{row['perplexity']:.2f}",
             f"{row['weight_relative_mse']:.5f}", row["calibration"].partition(",")[0],
-            f"{row['quantize_seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}" if row["peak_memory_bytes"] else "",
+            f"{row['quantize_seconds']:.0f}", f"{memory / 1e6:.0f}" if memory else "",
         )  # fmt: skip
         print("| " + " | ".join(cells) + " |")
     for row in rows:
