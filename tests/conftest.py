@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -105,6 +108,19 @@ class WordTokenizer:
         """Nothing to save."""
 
 
+def letters_tokenizer() -> Any:
+    """A real fast tokenizer whose tokens are letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(97 + i): 3 + i for i in range(26)}
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **letters, " ": 40, "<unk>": 41}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
 @pytest.fixture
 def exact_activations(monkeypatch):
     """For tests of a model's structure: without the CPU kernels' int8 activations, bounds are tight."""
@@ -115,3 +131,32 @@ def exact_activations(monkeypatch):
     yield
     monkeypatch.undo()
     cpu.settings.cache_clear()
+
+
+TASK = """task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {file}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+QUESTIONS = [("abc", ["d", "z"], 0), ("xyz", ["q", "a"], 1), ("mno", ["p", "b"], 0), ("hij", ["k", "f"], 0)]
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """The directory of a task with four questions; datasets caches in the temporary directory."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "letters.jsonl"
+    lines = [json.dumps({"question": q, "choices": choices, "answer": a}) for q, choices, a in QUESTIONS]
+    file.write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "letters.yaml").write_text(TASK.format(file=file))
+    return folder

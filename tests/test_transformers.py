@@ -136,6 +136,15 @@ def test_a_newer_format_is_refused_at_load(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_an_old_transformers_is_named(tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers, "__version__", "5.15.2")
+    with pytest.raises(
+        tqw.TqwError, match=r"expected transformers >= 5\.16, got 5\.15\.2: pip install -U transformers"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=tqw.TransformersConfig(bits=4))
+
+
 def test_the_version_under_test_is_named():
     """The matrix greps for this line."""
     print(f"transformers {transformers.__version__}")  # noqa: T201

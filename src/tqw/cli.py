@@ -213,16 +213,22 @@ def evaluate(
     text: Text = None,
     context: Context = 1024,
     max_tokens: MaxTokens = 16384,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks instead of a text, comma-separated: arc_easy,...")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="A directory with lm-eval tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples of each task.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Perplexity of MODEL on a text; with a reference also mean KLD and top-1 agreement."""
+    """Perplexity of MODEL on a text; with a reference also mean KLD and top-1 agreement; or scores on tasks."""
     from dataclasses import asdict
 
     from tqw.evaluate import evaluate as run
     from tqw.evaluate import windows
     from tqw.report import document
 
+    if tasks:
+        _evaluate_tasks(model, reference, tasks, include_path, limit, device, as_json)
+        return
     words, origin = _text(text)
     loaded, tokenizer = _load_any(model, device)
     ids = windows(tokenizer, words, context, max_tokens)
@@ -236,6 +242,28 @@ def evaluate(
     for key, value in row.items():
         if value is not None:
             _out.print(f"{key:20} {value:.5f}" if isinstance(value, float) else f"{key:20} {value}")
+
+
+def _evaluate_tasks(
+    model: str, reference: str | None, tasks: str, include_path: Path | None, limit: int | None, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Scores of MODEL, and of the reference where there is one, on the same samples."""
+    from tqw.integrations.lm_eval import evaluate_tasks
+    from tqw.report import document
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    rows = []
+    for config in (model, reference):
+        if config is not None:
+            scores = evaluate_tasks(*_load_any(config, device), names, include_path=include_path, limit=limit)
+            rows += [{"config": config, **row} for row in scores]
+    if as_json:
+        _print_json(document(rows, tasks=names, limit=limit))
+        return
+    for row in rows:
+        metrics = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
+        _out.print(f"{row['config']}  {row['task']} ({row['samples']} samples)  {metrics}")
 
 
 def _comparison_table(title: str) -> tuple[Table, Callable[[Row], None]]:

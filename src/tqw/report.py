@@ -23,7 +23,16 @@ import torch
 from tqw.checkpoint import write_atomically
 from tqw.errors import TqwError
 
-_VERSIONED = ("tqw", "torch", "transformers", "safetensors", "bitsandbytes", "onnxruntime", "llama_cpp_python")
+_VERSIONED = (
+    "tqw",
+    "torch",
+    "transformers",
+    "safetensors",
+    "bitsandbytes",
+    "onnxruntime",
+    "llama_cpp_python",
+    "lm_eval",
+)
 _BASELINES = ("original", "rtn", "nf4", "q8_0")
 
 

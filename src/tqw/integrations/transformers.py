@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,6 +28,7 @@ from tqw.model import empty_model_, quantize_model, share_inputs
 from tqw.pretrained import QUANTIZED_LAYERS, STORED_MATRIX, calibration_ids, calibration_power, stored_name
 
 _MATRIX_KEY = rf"{ROTATION_MATRIX}$"
+OLDEST = (5, 16)  # transformers whose hooks this file is written for
 CALIBRATIONS = ("self", "random", "none")
 
 
@@ -99,6 +101,11 @@ class TransformersQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         del args, kwargs
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+            raise TqwError(
+                f"expected transformers >= {OLDEST[0]}.{OLDEST[1]}, got {transformers.__version__}: pip install -U "
+                "transformers, or use tqw.load"
+            )
         if not self.pre_quantized and _devices(device_map) & {"disk", "meta"}:
             raise TqwError(
                 "expected a device_map without disk to quantize while loading: run `tqw quantize` first and load its "

@@ -1,0 +1,64 @@
+"""Draws benchmarks/results/quality_peers.json: KLD (log scale) against true bits per weight, one colour a method.
+
+python benchmarks/quality/picture.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RESULT = Path(__file__).resolve().parent.parent / "results" / "quality_peers.json"
+# method -> (first words of its rows, colour, marker)
+METHODS = {
+    "tqw, gptq": ("method=gptq", "#08415c", "D"),
+    "tqw": ("tqw", "#0b6e99", "o"),
+    "original recipe": ("original", "#888888", "X"),
+    "llama.cpp, imatrix": ("imatrix", "#8c2d04", "^"),
+    "llama.cpp": ("llama.cpp", "#d95f0e", "v"),
+    "GPTQModel": ("GPTQModel", "#7b3294", "P"),
+    "auto-round": ("auto-round", "#c51b7d", "h"),
+    "SINQ": ("sinq", "#1b7837", "s"),
+    "HQQ": ("hqq", "#80b1d3", "p"),
+    "torchao": ("torchao", "#b8860b", "*"),
+    "bitsandbytes": ("bitsandbytes", "#000000", "x"),
+}
+HIDDEN = ("llama.cpp Q4_1", "tqw 4:calibrate=none")  # the source's own grid; a second point at the same size
+
+
+def method_of(config: str) -> str:
+    """The first method of METHODS whose word is in the name."""
+    return next(method for method, (word, _, _) in METHODS.items() if word in config)
+
+
+def main() -> None:
+    document = json.loads(RESULT.read_text())
+    rows = [row for row in document["rows"] if row.get("mean_kl_divergence") and row["config"] not in HIDDEN]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["bits_per_weight"]):
+        lines.setdefault(method_of(row["config"]), []).append(row)
+    figure, axes = pyplot.subplots(figsize=(9, 6), dpi=130)
+    for method, (_, color, marker) in METHODS.items():
+        points = lines.get(method, [])
+        if points:
+            xs, ys = [p["bits_per_weight"] for p in points], [p["mean_kl_divergence"] for p in points]
+            style = "-" if method.startswith("tqw") else ":"
+            axes.plot(xs, ys, linestyle=style, marker=marker, color=color, label=method, markersize=7, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight of the decoder linears; scales, zero points and tables included")
+    axes.set_ylabel("mean KL divergence from the float model (nats)")
+    axes.set_title(f"{document['model']} (SmolLM2-135M-Instruct), {document['tokens']} tokens of {document['text']}")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULT.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
