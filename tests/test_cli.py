@@ -125,9 +125,43 @@ def test_dry_run_writes_nothing(model, capsys):
     assert sorted(path.name for path in model.iterdir()) == before
 
 
+@pytest.mark.parametrize("calibrate", ["self", "none"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_target_of_bits_per_weight(model, capsys, calibrate, method):
+    options = ("--target-bpw", "4.9", "--group-size", "64", "--calibrate", calibrate, "--lm-head", "auto", "--json")
+    code, stdout, _ = run(capsys, "quantize", model / "float", "--dry-run", *options)
+    planned = json.loads(stdout)
+    assert code == 0
+    assert 4.4 < planned["bits_per_weight"] <= 4.9
+    code, stdout, _ = run(capsys, "quantize", model / "float", "-o", model / "out", "--method", method, *options)
+    report = json.loads(stdout)
+    assert code == 0
+    assert report["bits_per_weight"] <= 4.9
+    assert len({record["bits"] for record in report["tensors"] if record["action"] == "quantized"}) > 1
+    if method == "rtn":  # gptq measures on more text
+        assert report["config"] == planned["config"]
+    code, _, _ = run(capsys, "verify", model / "out")
+    assert code == 0
+
+
+def test_compare_takes_targets(model, capsys):
+    arguments = ("compare", model / "float", "--configs", "target=4.6,target=3.5:calibrate=none", "--text",
+                 model / "text.txt", "--context", "64", "--max-tokens", "128", "-o", model / "report",
+                 "--group-size", "64", "--no-footprint", "--json")  # fmt: skip
+    code, stdout, _ = run(capsys, *arguments)
+    assert code == 0
+    rows = {row["config"]: row["bits_per_weight"] for row in json.loads(stdout)["rows"]}
+    assert 3.5 < rows["target=4.6"] <= 4.6
+    assert rows["target=3.5:calibrate=none"] <= 3.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("quantize", "FLOAT", "-o", "x", "--target-bpw", "2.1"), "expected a target of 2"),
+        (("quantize", "FLOAT", "-o", "x", "--target-bpw", "5", "--bits", "4+4"), "expected one pass with a target"),
+        (("quantize", "FLOAT", "-o", "x", "--embedding", "auto"), "expected --target-bpw"),
+        (("compare", "FLOAT", "--configs", "target=x", "--text", "TEXT", "--context", "64"), "target=BPW"),
         (("quantize", "nowhere/at/all", "-o", "x"), "no such path"),
         (("quantize", "FLOAT", "-o", "x", "--bits", "7"), "bits as one of"),
         (("quantize", "FLOAT", "-o", "x", "--group-size", "48"), "power of two"),

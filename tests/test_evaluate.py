@@ -125,7 +125,7 @@ def test_recipes():
     assert recipe.config == QuantConfig(bits="4+4", rotation_strategy="different", seed=3, group_size=64)  # type: ignore[arg-type]
     assert (recipe.calibrate, recipe.exponent) == ("none", 0.25)
     original = parse_recipe("original")
-    assert (original.config.scale, original.calibrate) == ("norm", "none")
+    assert (original.config.scale, original.calibrate, original.exponent) == ("norm", "none", 0)
     for bad in ("7", "4:colour=red", "4:seed", "4:seed=x", "4:rotation=dct"):
         with pytest.raises(TqwError, match="expected"):
             parse_recipe(bad)

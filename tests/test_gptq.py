@@ -177,7 +177,6 @@ def test_resuming_gives_the_same_model(tmp_path):
     ("options", "message"),
     [
         ({"method": "awq"}, "expected a method of rtn or gptq, got 'awq'"),
-        ({"method": "gptq", "calibrate": "none"}, "expected --calibrate self, random or a text file"),
         ({"method": "gptq", "workers": 2}, "expected workers=1 with moments"),
     ],
 )
@@ -188,6 +187,31 @@ def test_wrong_options(options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_sequences_the_moments_are_those_of_the_weights(tmp_path):
+    """No text, no forward pass: feedback on what the weights tell of the inputs. Same size, other codes than rtn's."""
+    tiny("llama").save_pretrained(tmp_path / "float")
+    sizes, codes = set(), []
+    for method in ("rtn", "gptq"):
+        report = quantize_pretrained(str(tmp_path / "float"), tmp_path / method, method=method, calibrate="none")
+        sizes.add(report.bits_per_weight())
+        codes.append(tqw.load(tmp_path / method).get_submodule("model.layers.1.mlp.down_proj").weight)
+    assert len(sizes) == 1
+    assert not torch.equal(*codes)
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(tqw.TqwError, match="expected a model with a list of layers"):
         decoder_layers(copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(4, 4))))
+
+
+def test_refitted_scales_are_stationary_row_by_row(monkeypatch):
+    """At the least-squares scales the gradient of tr(E S E^T) is zero; rows in parts give the same scales."""
+    weight, x, _, _ = case(12, 96)
+    moment, levels_ = x[:, :96].T @ x[:, :96] / len(x), torch.randint(-9, 9, (96, 12)).float()
+    scales = gptq._refit_scales(weight.T.contiguous(), levels_, moment, 32)
+    error = weight.T - levels_ * scales.repeat_interleave(32, 0)
+    gradient = (levels_ * (moment @ error)).unflatten(0, (3, 32)).sum(1)
+    assert gradient.abs().max() < 1e-3 * (levels_ * (moment @ weight.T)).unflatten(0, (3, 32)).sum(1).abs().max()
+    monkeypatch.setattr(gptq, "_REFIT_ELEMENTS", 1)
+    parts = gptq._refit_scales(weight.T.contiguous(), levels_, moment, 32)
+    assert torch.allclose(parts, scales, rtol=1e-4)

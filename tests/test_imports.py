@@ -13,11 +13,13 @@ PACKAGE = Path(tqw.__file__).parent
 # Reading order. A file may import only files before it.
 ORDER = [
     "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "gptq", "checkpoint",
-    "kernels.cpu", "kernels.cuda", "kernels.reference", "kernels", "shared_input", "layer", "model", "training",
+    "kernels.cpu", "kernels.cuda", "kernels.triton_kernels", "kernels.triton", "kernels.reference", "kernels",
+    "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
-    "calibrate", "moments", "evaluate", "source", "pretrained", "generate", "peers", "bench", "footprint",
-    "report", "compare", "demo", "integrations", "integrations.lm_eval", "cli", "integrations.transformers",
-    "registration",
+    "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
+    "generate", "peers", "bench", "footprint", "report", "compare", "demo", "integrations",
+    "integrations.lm_eval", "cli", "integrations.transformers", "registration",
+    "integrations.serving", "integrations.vllm_experts", "integrations.vllm_layers", "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",
 ]  # fmt: skip
 
 

@@ -13,6 +13,8 @@ import tqw
 from tqw.kernels import cpu
 from tqw.layer import QuantizedLinear
 from tqw.model import share_inputs
+from tqw.shared_input import join
+from tqw.weight import dequantize
 
 
 class Attention(nn.Module):
@@ -125,3 +127,62 @@ def test_different_widths_are_not_computed_together(computed):
         for layer in (model.q_proj, model.k_proj, model.v_proj):
             assert torch.equal(layer(x), alone(layer, x))
     assert computed == []
+
+
+@pytest.mark.parametrize("bits", ["4", "3", "4+4"])
+def test_joined_weights_stay_what_they_were(bits):
+    model = family(bits=bits)
+    layers = [model.q_proj, model.k_proj, model.v_proj]
+    before, state = [dequantize(layer.quantized_weight) for layer in layers], copy.deepcopy(model.state_dict())
+    joined = join([layer.quantized_weight for layer in layers])
+    assert joined is not None
+    assert torch.equal(dequantize(joined.weight), torch.cat(before))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    weights = [layer.quantized_weight for layer in layers]
+    assert joined.holds(weights)
+    model.load_state_dict(state)  # in place: the joined weight follows, but its channel scales must be compared again
+    assert torch.equal(dequantize(joined.weight), torch.cat(before))
+    assert not joined.holds(weights)
+    moved = copy.deepcopy(model)
+    assert not joined.holds([moved.q_proj.quantized_weight, *weights[1:]])
+
+
+def test_weights_that_differ_are_not_joined():
+    model = family()
+    weights = [model.q_proj.quantized_weight, model.k_proj.quantized_weight]
+    other = QuantizedLinear.from_linear(nn.Linear(128, 32), tqw.QuantConfig(bits=5)).quantized_weight
+    seed = QuantizedLinear.from_linear(nn.Linear(128, 32), tqw.QuantConfig(seed=3)).quantized_weight
+    assert join([weights[0], other]) is None
+    assert join([weights[0], seed]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_one_kernel_for_the_family_on_a_gpu(monkeypatch, tokens):
+    from tqw import kernels
+
+    model = family().cuda().half()
+    rows: list[int] = []
+    original = kernels.linear
+    monkeypatch.setattr(
+        kernels, "linear", lambda x, qw, *args, **kw: rows.append(qw.out_features) or original(x, qw, *args, **kw)
+    )
+    with torch.inference_mode():
+        for _ in range(3):
+            x = torch.randn(1, tokens, 128, device="cuda", dtype=torch.half)
+            for layer in (model.q_proj, model.k_proj, model.v_proj):
+                dense = torch.nn.functional.linear(x.double(), dequantize(layer.quantized_weight).double())
+                exact = dense if layer.bias is None else dense + layer.bias.double()
+                assert ((layer(x).double() - exact).norm() / exact.norm()) < 2e-3  # outputs are rounded to fp16
+        x = torch.randn(1, 1, 128, device="cuda", dtype=torch.half)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = [layer(x) for layer in (model.q_proj, model.k_proj, model.v_proj)]
+        x.copy_(torch.randn(1, 1, 128))
+        graph.replay()
+        for layer, output in zip((model.q_proj, model.k_proj, model.v_proj), y, strict=True):
+            exact = torch.nn.functional.linear(x.double(), dequantize(layer.quantized_weight).double())
+            exact = exact if layer.bias is None else exact + layer.bias.double()
+            assert ((output.double() - exact).norm() / exact.norm()) < 2e-3
+    assert rows == [160] * 4

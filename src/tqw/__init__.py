@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqw.registration import register
 
 if TYPE_CHECKING:
+    from tqw.allocation import allocate_bits
     from tqw.config import QuantConfig
     from tqw.errors import TqwError
     from tqw.integrations.transformers import TransformersConfig
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizedWeight",
     "TqwError",
     "TransformersConfig",
+    "allocate_bits",
     "dequantize",
     "explain",
     "fake_quantize_model",
@@ -47,6 +49,7 @@ _HOME = {
     "QuantConfig": "config",
     "TqwError": "errors",
     "TransformersConfig": "integrations.transformers",
+    "allocate_bits": "allocation",
     "explain": "kernels",
     "linear": "kernels",
     "QuantizedEmbedding": "layer",

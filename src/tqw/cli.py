@@ -141,9 +141,14 @@ def quantize(
     scale: Annotated[str, typer.Option(help="search (least squares) or norm (the original recipe).")] = "search",
     method: Annotated[str, typer.Option(help="rtn, or gptq: error feedback, slower and better.")] = "rtn",
     calibrate: Annotated[str, typer.Option(help="self, random, none, or a text file.")] = "self",
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Choose each layer's width: at most so many bits per weight, scales included.")
+    ] = None,
     override: Annotated[list[str], typer.Option(help="REGEX=BITS or REGEX=skip, for modules whose name matches.")] = [],  # noqa: B006
-    embedding: Annotated[str | None, typer.Option(help="Bits of the input embedding; kept when absent.")] = None,
-    lm_head: Annotated[str | None, typer.Option(help="Bits of the output embedding; kept when absent.")] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="Bits of the input embedding or auto; kept when absent.")
+    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Bits of the output embedding or auto; kept when absent.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
     workers: Annotated[int, typer.Option(help="Layers quantized at once.")] = 1,
     device: Device = "cpu",
@@ -156,17 +161,23 @@ def quantize(
     """Quantize MODEL into a new directory."""
     from tqw.pretrained import plan, quantize_pretrained
 
+    free = [kind for kind, width in (("embedding", embedding), ("lm_head", lm_head)) if width == "auto"]
+    if free and target_bpw is None:
+        raise TqwError("expected --target-bpw with a width of auto: add it, or name the width")
+    embedding, lm_head = ("8" if width == "auto" else width for width in (embedding, lm_head))
     config = _config(bits, group_size, rotation, rotation_strategy, scale, seed, override, embedding, lm_head)
     if dry_run:
-        _show_report(plan(model, config), as_json)
+        with _progress() as progress:
+            report = plan(model, config, target_bpw, calibrate, free, device, progress)
+        _show_report(report, as_json)
         return
     if output == Path():
         raise TqwError("expected an output directory: add -o OUT")
     start = time.perf_counter()
     with _progress() as progress:
         report = quantize_pretrained(
-            model, output, config, method=method, calibrate=calibrate, device=device, workers=workers, resume=resume,
-            progress=progress,
+            model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, device=device,
+            workers=workers, resume=resume, progress=progress,
         )  # fmt: skip
     _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)

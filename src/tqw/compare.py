@@ -1,6 +1,7 @@
 """One model at several configs, and the baselines, in one table: what `tqw compare` and `tqw demo` run.
 
-A CONFIG is BITS, then `:key=value` for each option: `4`, `4+4:rotation_strategy=shared`, `3:calibrate=none`.
+A CONFIG is BITS or `target=BPW`, then `:key=value` for each option: `4`, `4+4:rotation_strategy=shared`,
+`3:calibrate=none`, `target=4.6:method=gptq`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tqw.allocation import allocate_bits
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.evaluate import BASELINES, Quality, baseline_weights, evaluate, reference_log_probabilities
 from tqw.footprint import footprint_in_subprocess
 from tqw.model import quantize_model, resolve
-from tqw.pretrained import calibration_ids, calibration_power, check_method, method_options, save
+from tqw.pretrained import calibration_ids, calibration_power, check_method, method_options, save, sensitivity_of
 from tqw.report import Row
 
 Progress = Callable[[str, int, int], None]
 FLOAT, ORIGINAL = "float", "original"
 BASELINE_ROWS = (ORIGINAL, *BASELINES)
-_ORIGINAL_OPTIONS = "4:scale=norm:calibrate=none"
+_ORIGINAL_OPTIONS = "4:scale=norm:calibrate=none:exponent=0"
 _OPTIONS = (
     "rotation",
     "rotation_strategy",
@@ -41,6 +43,7 @@ _OPTIONS = (
     "method",
 )
 _INTEGERS = ("seed", "group_size")
+_TARGET = "target="
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,38 @@ class Recipe:
     calibrate: str = "self"
     exponent: float = 0.5
     method: str = "rtn"
+    target_bpw: float | None = None
 
 
 def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> Recipe:
     """CONFIG -> Recipe; `original` is the published recipe at 4 bits. Raises TqwError with the options that exist."""
     bits, *pairs = (_ORIGINAL_OPTIONS if text == ORIGINAL else text).split(":")
+    target = None
+    if bits.startswith(_TARGET):
+        target, bits = _target(bits, text), "4"
     options: dict[str, Any] = {"group_size": group_size, "calibrate": calibrate, "exponent": 0.5, "method": "rtn"}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or key not in _OPTIONS:
-            raise TqwError(f"expected BITS[:key=value...] with keys {', '.join(_OPTIONS)}, got {pair!r} in {text!r}")
+            raise TqwError(
+                f"expected BITS or target=BPW, then :key=value... with keys {', '.join(_OPTIONS)}, "
+                f"got {pair!r} in {text!r}"
+            )
         try:
             options[key] = int(value) if key in _INTEGERS else float(value) if key == "exponent" else value
         except ValueError:
             raise TqwError(f"expected a number for {key} in {text!r}, got {value!r}") from None
     calibrate, exponent, method = options.pop("calibrate"), options.pop("exponent"), options.pop("method")
-    check_method(method, calibrate)
-    return Recipe(text, QuantConfig(bits=bits, **options), calibrate, exponent, method)  # type: ignore[arg-type]
+    check_method(method)
+    config = QuantConfig(bits=bits, **options)  # type: ignore[arg-type]
+    return Recipe(text, config, calibrate, exponent, method, target)
+
+
+def _target(bits: str, text: str) -> float:
+    try:
+        return float(bits.removeprefix(_TARGET))
+    except ValueError:
+        raise TqwError(f"expected target=BPW with a number such as 4.6 in {text!r}, got {bits!r}") from None
 
 
 @dataclass
@@ -125,8 +143,12 @@ class Comparison:
         ids, power = self._calibrate(recipe.calibrate, recipe.method)
         model = copy.deepcopy(self.model)
         start = time.perf_counter()
-        options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids)}
-        report = quantize_model(model, recipe.config, input_power=power or None, progress=self.progress, **options)
+        config = recipe.config
+        if recipe.target_bpw is not None:
+            sensitivity = sensitivity_of(model, ids, power, self.progress)
+            config = allocate_bits(model, recipe.target_bpw, config, sensitivity=sensitivity or None)
+        options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids, power)}
+        report = quantize_model(model, config, input_power=power or None, progress=self.progress, **options)
         seconds = time.perf_counter() - start
         row = Row(recipe.label, report.bits_per_weight(), 0, report.relative_mse(), quantize_seconds=seconds)
         with tempfile.TemporaryDirectory() as temporary:

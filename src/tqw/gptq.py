@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tqw import config as configuration
-from tqw.codebook import nearest_codes, nearest_levels
+from tqw.codebook import level_table, nearest_codes
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.packing import pack
@@ -26,6 +26,7 @@ from tqw.weight import QuantizedWeight, empty_weight, into_rotated
 
 DAMPING = 0.01  # of the mean of S's diagonal: keeps the factorisation stable where inputs were never seen
 REFITS = 2
+_REFIT_ELEMENTS = 1 << 26
 
 
 def rotated_moment(moment: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
@@ -39,80 +40,104 @@ def rotated_moment(moment: Tensor, channel_scale: Tensor, matrix: Tensor | None)
 def feedback_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper triangular U with U^T U = (S + damping mean(diag S) I)^-1, computed in float64."""
     damped = moment.double()
-    ridge = damping * damped.diagonal().mean().clamp(min=1e-30)
-    damped = damped + ridge * torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp(min=1e-30))
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise TqwError("expected a positive definite second moment of the inputs, got none: calibrate on more text")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    del damped
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def output_error(difference: Tensor, moment: Tensor) -> float:
-    """tr(D S D^T): the squared error of the outputs that a weight error D [out, padded] causes."""
-    return float(((difference @ moment) * difference).sum())
+# Inside this file matrices are transposed, [padded, rows]: a column of the weight is then contiguous memory.
 
 
-def _sweep(
-    target: Tensor, factor: Tensor, bits: int, group: int, method: str, scales: Tensor | None
+def _code_group(
+    wanted: Tensor, reference: Tensor | None, scale: Tensor, influence: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """One pass of error feedback: (levels [out, padded], scales [out, groups]); given scales are kept."""
-    work = target.clone()
-    found = torch.empty_like(work)
-    chosen = torch.empty(len(work), work.shape[1] // group, device=work.device) if scales is None else scales
-    for index, start in enumerate(range(0, work.shape[1], group)):
+    """Code the columns of one group in order, each shifting what is wanted of those after it.
+
+    d_j = reference_j - scale * level_j,   wanted_k += influence[j, k] d_j  for k > j.
+    wanted [group, rows] is changed. reference None stands for `wanted` itself. Returns (levels, d), both [group, rows].
+    """
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    table = level_table(bits, wanted.device, wanted.dtype)
+    boundaries = (table[1:] + table[:-1]) / 2
+    levels, differences = torch.empty_like(wanted), torch.empty_like(wanted)
+    units = torch.empty_like(scale)
+    for j in range(len(wanted)):  # few and contiguous operations: on a GPU the launches are what this loop costs
+        torch.mul(wanted[j], inverse, out=units)
+        torch.index_select(table, 0, torch.bucketize(units, boundaries, out_int32=True, right=True), out=levels[j])
+        old = wanted[j] if reference is None else reference[j]
+        torch.addcmul(old, levels[j], scale, value=-1, out=differences[j])
+        wanted[j + 1 :].addr_(influence[j, j + 1 :], differences[j])
+    return levels, differences
+
+
+def _sweep(target: Tensor, influence: Tensor, bits: int, group: int, method: str) -> tuple[Tensor, Tensor]:
+    """One pass of error feedback: (levels [padded, rows], scales [groups, rows]). influence: -U_jk / U_jj."""
+    wanted = target.clone()
+    levels = torch.empty_like(wanted)
+    scales = torch.empty(len(wanted) // group, wanted.shape[1], device=wanted.device)
+    for index, start in enumerate(range(0, len(wanted), group)):
         columns = slice(start, start + group)
-        if scales is None:
-            chosen[:, index] = group_scales(work[:, columns], bits, method).squeeze(-1).float()
-        scale = chosen[:, index]
-        inverse = torch.where(scale > 0, 1 / scale, 0)
-        block, local = work[:, columns], factor[columns, columns]
-        errors = torch.empty_like(block)
-        for j in range(group):
-            level = nearest_levels(block[:, j] * inverse, bits)
-            found[:, start + j] = level
-            errors[:, j] = (block[:, j] - level * scale) / local[j, j]
-            block[:, j + 1 :] -= errors[:, j, None] * local[j, j + 1 :]
-        work[:, start + group :] -= errors @ factor[columns, start + group :]
-    return found, chosen
+        scales[index] = group_scales(wanted[columns].T.contiguous(), bits, method).squeeze(-1).float()
+        local = influence[columns, columns]
+        levels[columns], differences = _code_group(wanted[columns], None, scales[index], local, bits)
+        wanted[start + group :].addmm_(influence[columns, start + group :].T, differences)
+    return levels, scales
 
 
 def _refit_scales(target: Tensor, levels: Tensor, moment: Tensor, group: int) -> Tensor:
-    """The scales of each row that minimise tr(E S E^T) for given codes: a small linear system for each row."""
-    rows, padded = levels.shape
+    """The scales [groups, rows] that minimise tr(E S E^T) for given codes: a small linear system for each row.
+
+    0 for rows whose system is singular.
+    """
+    groups = len(levels) // group
+    step = max(1, _REFIT_ELEMENTS // groups**2)  # bounds the memory of the systems
+    parts = [
+        _refit_rows(target[:, start : start + step], levels[:, start : start + step], moment, group)
+        for start in range(0, levels.shape[1], step)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _refit_rows(target: Tensor, levels: Tensor, moment: Tensor, group: int) -> Tensor:
+    padded, rows = levels.shape
     groups = padded // group
-    spread = torch.zeros(rows, groups, padded, device=levels.device)
+    normal = torch.zeros(rows, groups, groups, device=levels.device)
     for g in range(groups):
         columns = slice(g * group, (g + 1) * group)
-        spread[:, g] = levels[:, columns] @ moment[columns]
-    normal = (spread * levels[:, None]).unflatten(-1, (groups, group)).sum(-1)
-    right = (spread * target[:, None]).sum(-1)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)[:, None].clamp(min=1e-30)
-    normal.diagonal(dim1=1, dim2=2).add_(ridge)
-    return torch.linalg.solve(normal, right)
+        spread = moment[g * group :, columns] @ levels[columns]  # one group at a time, for the memory too
+        normal[:, g:, g] = spread.mul_(levels[g * group :]).unflatten(0, (-1, group)).sum(1).T
+    right = (moment @ target).mul_(levels).unflatten(0, (groups, group)).sum(1).T
+    normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)[:, None].clamp(min=1e-30))
+    lower, failed = torch.linalg.cholesky_ex(normal)  # reads the lower triangle
+    solved = torch.cholesky_solve(right[..., None], lower)[..., 0]
+    return torch.where(failed[:, None] == 0, solved, 0).T.contiguous()
 
 
 def _descend(target: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, bits: int, group: int) -> Tensor:
     """Coordinate descent: each column's best level given all the others. Never raises the error."""
-    values = levels * scales.repeat_interleave(group, 1)
-    for start in range(0, values.shape[1], group):
+    values = levels * scales.repeat_interleave(group, 0)
+    error = target - values
+    diagonal = moment.diagonal().clamp(min=1e-30)
+    for index, start in enumerate(range(0, len(values), group)):
         columns = slice(start, start + group)
-        scale = scales[:, start // group]
-        inverse = torch.where(scale > 0, 1 / scale, 0)
-        gradient = (target - values) @ moment[:, columns]  # of the columns of this group
-        local = moment[columns, columns]
-        for j in range(group):
-            old = values[:, start + j]
-            level = nearest_levels((old + gradient[:, j] / local[j, j].clamp(min=1e-30)) * inverse, bits)
-            change = level * scale - old
-            gradient -= change[:, None] * local[j]
-            levels[:, start + j] = level
-            values[:, start + j] = level * scale
+        # Wanted of column j is its value + (S e)_j / S_jj; a change by -d_j moves that of column k by S_jk d_j / S_kk.
+        wanted = torch.addmm(values[columns], moment[columns] / diagonal[columns, None], error)
+        influence = moment[columns, columns] / diagonal[columns]
+        levels[columns], differences = _code_group(wanted, values[columns], scales[index], influence, bits)
+        error[columns] += differences
     return levels
 
 
-def _code(target: Tensor, moment: Tensor, factor: Tensor, bits: int, group: int, method: str) -> tuple[Tensor, Tensor]:
+def _code(
+    target: Tensor, moment: Tensor, influence: Tensor, bits: int, group: int, method: str
+) -> tuple[Tensor, Tensor]:
     """(levels, fp16-valued scales) of one pass."""
-    levels, scales = _sweep(target, factor, bits, group, method, None)
+    levels, scales = _sweep(target, influence, bits, group, method)
     for _ in range(REFITS):
         refitted = _refit_scales(target, levels, moment, group)
         scales = torch.where(refitted > 0, refitted, scales).half().float()
@@ -144,12 +169,13 @@ def quantize_with_feedback(
     group = configuration.group_size(in_features, config.group_size)
     second = rotated_moment(moment, channel_scale, matrix)
     second.diagonal().add_(damping * second.diagonal().mean().clamp(min=1e-30))
-    factor = feedback_factor(second, 0.0)
-    target = into_rotated(weight.float(), layout.channel_scale[0], matrix)
+    influence = feedback_factor(second, 0.0)
+    influence.div_(-influence.diagonal().clone()[:, None])
+    target = into_rotated(weight.float(), layout.channel_scale[0], matrix).T.contiguous()
     packed, scales = [], []
     for bits in config.bits:
-        levels, scale = _code(target, second, factor, bits, group, config.scale)
-        scales.append(scale.half())
-        packed.append(pack(nearest_codes(levels, bits), bits, group))
-        target = target - levels * scale.repeat_interleave(group, 1)
+        levels, scale = _code(target, second, influence, bits, group, config.scale)
+        scales.append(scale.T.half().contiguous())
+        packed.append(pack(nearest_codes(levels.T.contiguous(), bits), bits, group))
+        target = target - levels * scale.repeat_interleave(group, 0)
     return replace(layout, packed=tuple(packed), weight_scale=tuple(scales))

@@ -223,7 +223,7 @@ def resolve(model: nn.Module, config: QuantConfig, select: Select | None = None)
 
 def _check_shared_inputs(model: nn.Module, decisions: list[Decision]) -> None:
     """Serving stacks fuse layers that share an input, so different widths among them are an error."""
-    for members in _by_input(model, decisions).values():
+    for members in by_input(model, decisions).values():
         widths = {m.name: "kept" if m.bits is None else format_bits(m.bits) for m in members}
         if len(set(widths.values())) > 1:
             raise TqwError(
@@ -231,7 +231,7 @@ def _check_shared_inputs(model: nn.Module, decisions: list[Decision]) -> None:
             )
 
 
-def _by_input(model: nn.Module, decisions: list[Decision]) -> dict[str, list[Decision]]:
+def by_input(model: nn.Module, decisions: list[Decision]) -> dict[str, list[Decision]]:
     """Decisions grouped by the input that their layers read; experts and lone layers are groups of one."""
     groups: dict[str, list[Decision]] = {}
     for decision in decisions:
@@ -294,14 +294,14 @@ def _replacement(module: nn.Module, kind: str, weights: dict[str, QuantizedWeigh
     return QuantizedLinear(weights[""], None if bias is None else bias.detach())  # type: ignore[operator,arg-type]
 
 
-def _tied(model: nn.Module) -> bool:
+def is_tied(model: nn.Module) -> bool:
     head, embedding = _embedding_of(model, "output"), _embedding_of(model, "input")
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _settle_ties(model: nn.Module, decisions: list[Decision]) -> str | None:
     """Tied embeddings: both at the same bits stay tied; otherwise they are untied. Returns the tied head's name."""
-    if not _tied(model):
+    if not is_tied(model):
         return None
     by_kind = {
         d.kind: d for d in decisions if d.kind in ("embedding", "lm_head") and d.reason != "not the input embedding"
@@ -393,7 +393,7 @@ def plan_model(model: nn.Module, config: QuantConfig, select: Select | None = No
             continue
         for prefix, dense in dense_weights(model.get_submodule(decision.name), decision.kind).items():
             qw = empty_weight(dense.shape, config.with_bits(decision.bits))
-            account.quantized([_record(_tensor_name(decision.name, prefix), dense, qw)])
+            account.quantized([_record(tensor_name(decision.name, prefix), dense, qw)])
     return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 
 
@@ -412,14 +412,17 @@ class _Job:
     def __post_init__(self) -> None:
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self.scales: dict[str, Tensor] = {}
-        for members in _by_input(self.model, [d for d in self.decisions if d.bits]).values():
+        self.siblings: dict[str, list[Decision]] = {}
+        self.coded: dict[str, QuantizedWeight] = {}
+        for members in by_input(self.model, [d for d in self.decisions if d.bits]).values():
+            self.siblings.update(dict.fromkeys((member.name for member in members), members))
             self._choose_scales(members)
 
     def _choose_scales(self, members: list[Decision]) -> None:
         """One channel scale for all layers that read one input, settled before any of them is replaced."""
         dense = [dense_weights(self.model.get_submodule(member.name), member.kind) for member in members]
         for prefix in dense[0]:
-            names = [_tensor_name(member.name, prefix) for member in members]
+            names = [tensor_name(member.name, prefix) for member in members]
             powers = [self.input_power[name] for name in names if name in self.input_power]
             scale = activation_scale(torch.stack(powers).mean(0), self.exponent) if powers else None
             weights = [member[prefix] for member in dense]
@@ -437,15 +440,26 @@ class _Job:
         weights, records = {}, []
         moment = self.moments(decision.name) if self.moments and decision.kind in ("linear", "conv1d") else None
         for prefix, dense in dense_weights(module, decision.kind).items():
-            name = _tensor_name(decision.name, prefix)
+            name = tensor_name(decision.name, prefix)
             matrix = self.matrix(dense.shape[-1])
             with _named(name):
                 if moment is None:
                     weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
                 else:
-                    weights[prefix] = quantize_with_feedback(dense, moment, config, self.scales[name], matrix)
+                    weights[prefix] = self._with_feedback(decision.name, moment, config, matrix)
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
+
+    def _with_feedback(self, name: str, moment: Tensor, config: QuantConfig, matrix: Tensor | None) -> QuantizedWeight:
+        """Layers that share their input share its moment: they are coded at once, as one tall weight."""
+        if name not in self.coded:
+            members = self.siblings[name]
+            dense = [dense_weights(self.model.get_submodule(m.name), m.kind)[""] for m in members]
+            scale = self.scales[tensor_name(name, "")]
+            tall = quantize_with_feedback(torch.cat(dense), moment, config, scale, matrix)
+            parts = tall.split([len(weight) for weight in dense])
+            self.coded.update({m.name: part for m, part in zip(members, parts, strict=True)})
+        return self.coded.pop(name)
 
 
 @contextmanager
@@ -457,7 +471,7 @@ def _named(name: str) -> Iterator[None]:
         raise TqwError(f"{name}: {error}") from None
 
 
-def _tensor_name(module_name: str, prefix: str) -> str:
+def tensor_name(module_name: str, prefix: str) -> str:
     """Name of a dense weight in the float model's state dict."""
     return f"{module_name}.{prefix or 'weight'}"
 
@@ -523,7 +537,7 @@ def empty_model_(model: nn.Module, config: QuantConfig, device: torch.device | s
     """Put unfilled quantized layers in place of the dense ones of a shell model, as a resolved config says."""
     dtype = getattr(getattr(model, "config", None), "dtype", None) or torch.get_default_dtype()
     matrices: dict[int, Tensor] = {}
-    tied = _tied(model)
+    tied = is_tied(model)
     embedding_weight: QuantizedWeight | None = None
     for name, module, kind in list(_candidates(model)):
         bits = frozen_bits(config, name, kind)

@@ -9,7 +9,7 @@ inputs of layer i + 1, so that each layer makes up for the errors before it (GPT
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,16 +40,14 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, outermost[name]
 
 
-class LayerMoments:
-    """moment(name) -> float32 [in, in] for weights of the decoder layers, asked for in model order; None for others."""
+class LayerInputs:
+    """The hidden states of all sequences in front of one decoder layer, and what else each layer was called with."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.prefix, self.layers = decoder_layers(model)
         self.current = 0
-        self.hidden: list[Tensor] = []
-        self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # of each batch: what each layer was given
-        self.moments: dict[str, Tensor] = {}
-        self.measured = -1
+        self.hidden: list[Tensor] = []  # of each batch
+        self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # of each batch and layer
         device = next(model.parameters()).device
         for batch in ids.split(_BATCH):
             self._capture(model, batch.to(device))
@@ -82,26 +80,38 @@ class LayerMoments:
             )
         self.calls.append(calls)
 
-    def _run(self, index: int) -> Iterator[Tensor]:
-        for hidden, calls in zip(self.hidden, self.calls, strict=True):
-            args, kwargs = calls[index]
-            output = self.layers[index](hidden, *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+    def output(self, batch: int, call: Callable[..., Any] | None = None) -> Tensor:
+        """What the current layer (or `call` in its place) makes of one batch."""
+        args, kwargs = self.calls[batch][self.current]
+        output = (call or self.layers[self.current])(self.hidden[batch], *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def _advance(self, index: int) -> None:
-        while self.current < index:
-            self.hidden = list(self._run(self.current))
-            self.current += 1
+    def advance(self) -> None:
+        """Run the current layer, as it is now, and go on to the next."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.output(batch)
+        self.current += 1
+
+
+class LayerMoments:
+    """moment(name) -> float32 [in, in] for weights of the decoder layers, asked for in model order; None for others."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.inputs = LayerInputs(model, ids)
+        self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
+        self.moments: dict[str, Tensor] = {}
+        self.measured = -1
 
     @torch.no_grad()
     def _measure(self, index: int) -> None:
         sums: dict[str, Tensor] = {}
         tokens: dict[str, int] = {}
+        self.moments = {}
         with self._watched(index, sums, tokens):
-            for _ in self._run(index):
-                pass
-        self.moments = {key: total / tokens[key] for key, total in sums.items()}
+            for batch in range(len(self.inputs.hidden)):
+                self.inputs.output(batch)
+        self.moments = {key: total.div_(tokens[key]) for key, total in sums.items()}
         self.measured = index
 
     @contextmanager
@@ -109,8 +119,9 @@ class LayerMoments:
         def add(key: str, x: Tensor) -> None:
             flat = x.flatten(0, -2).float()
             if len(flat):
-                product = flat.T @ flat
-                sums[key] = sums[key] + product if key in sums else product
+                if key not in sums:
+                    sums[key] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+                sums[key].addmm_(flat.T, flat)
                 tokens[key] = tokens.get(key, 0) + len(flat)
 
         handles, seen = [], set()
@@ -132,6 +143,7 @@ class LayerMoments:
             return None
         index = int(head)
         if index != self.measured:
-            self._advance(index)
+            while self.inputs.current < index:
+                self.inputs.advance()
             self._measure(index)
         return self.moments.get(input_name(name))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tqw import calibrate as calibration
+from tqw.allocation import allocate_bits, sensitivities
 from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
@@ -31,11 +32,12 @@ from tqw.model import (
     share_inputs,
 )
 from tqw.moments import LayerMoments
+from tqw.propagation import weight_only_power
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
 Progress = Callable[[str, int, int], None]
 STORED_MATRIX = "tqw_rotation_matrix"
-_POWER, _IDS = "input_power", "calibration_ids"
+_POWER, _IDS, _SENSITIVITY = "input_power", "calibration_ids", "sensitivity"
 METHODS = ("rtn", "gptq")
 GPTQ_EXPONENT = 0.25
 _GPTQ_SEQUENCES, _GPTQ_LENGTH = 32, 256
@@ -57,6 +59,8 @@ def quantize_pretrained(
     *,
     method: str = "rtn",
     calibrate: str = "self",
+    target_bpw: float | None = None,
+    free: Collection[str] = (),
     select: Select | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
@@ -68,15 +72,17 @@ def quantize_pretrained(
     """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
 
     method: rtn codes each weight by itself; gptq lets later columns make up for the errors of earlier ones, layer
-    after layer: slower, better, the same format. calibrate: self | random | none | a text file. A run that stops
-    leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
+    after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose each
+    layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
+    stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
-    check_method(method, calibrate)
+    check_method(method)
     config, out = config or QuantConfig(), Path(out)
     source = find(name)
     if is_quantized(source):
         raise TqwError(f"expected a float model, but {name} is quantized already: use the original, or `tqw export` it")
     settings = [source.fingerprint(), config.to_dict(), method, calibrate, str(dtype), shard_bytes, _version()]
+    settings += [target_bpw, sorted(free)]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     with CheckpointWriter(out, fingerprint, resume=resume, shard_bytes=shard_bytes) as writer:
         model, tokenizer = load_float(source, dtype, device), load_tokenizer(source)
@@ -86,6 +92,11 @@ def quantize_pretrained(
             _IDS
         )
         power = writer.cached(_POWER, lambda: calibration_power(model, ids, progress))
+
+        if target_bpw is not None:
+            found = writer.cached(_SENSITIVITY, lambda: _tensors(sensitivity_of(model, ids, power, progress)))
+            sensitivity = {key: float(value) for key, value in found.items()}
+            config = allocate_bits(model, target_bpw, config, sensitivity=sensitivity or None, select=select, free=free)
 
         def write(module_name: str, module: nn.Module, records: list[TensorRecord]) -> None:
             tensors = {key: t for key, t in stored_tensors(module_name, module).items() if not writer.has(key)}
@@ -100,7 +111,7 @@ def quantize_pretrained(
             progress=progress,
             on_module=write,
             done=_done(writer) if method == "rtn" else None,  # gptq needs the layers before: it computes them again
-            **method_options(method, model, ids),
+            **method_options(method, model, ids, power),
         )
         _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, source, calibrate)
@@ -154,25 +165,47 @@ def calibration_ids(
 
 
 def calibration_power(model: nn.Module, ids: Tensor | None, progress: Progress | None = None) -> dict[str, Tensor]:
-    """E x_j^2 of every weight's input on the sequences; empty without them."""
+    """E x_j^2 of every weight's input on the sequences; without them, what the weights alone tell."""
     if ids is None:
-        return {}
+        return weight_only_power(model)
     return calibration.input_power(model, ids.to(next(model.parameters()).device).split(4), progress=progress)
 
 
-def check_method(method: str, calibrate: str) -> None:
-    """rtn | gptq; gptq needs inputs to look at."""
+def sensitivity_of(
+    model: nn.Module, ids: Tensor | None, power: Mapping[str, Tensor], progress: Progress | None = None
+) -> dict[str, float]:
+    """`sensitivities` on the calibration sequences; empty (every layer alike) without them."""
+    return {} if ids is None else sensitivities(model, ids, power, progress)
+
+
+def _tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+
+
+def check_method(method: str) -> None:
+    """rtn | gptq."""
     if method not in METHODS:
         raise TqwError(f"expected a method of {' or '.join(METHODS)}, got {method!r}")
-    if method == "gptq" and calibrate == "none":
-        raise TqwError("expected --calibrate self, random or a text file with --method gptq, got none")
 
 
-def method_options(method: str, model: nn.Module, ids: Tensor | None) -> dict[str, Any]:
-    """What `quantize_model` takes for a method. Error feedback does part of the channel scale's work: exponent 1/4."""
-    if method == "rtn" or ids is None:
+def method_options(
+    method: str, model: nn.Module, ids: Tensor | None, power: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """What `quantize_model` takes for a method. Error feedback does part of the channel scale's work: exponent 1/4.
+
+    Without sequences the moments are diagonal, from `power` (E x_j^2 by weight name).
+    """
+    if method == "rtn":
         return {}
-    return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
+    if ids is not None:
+        return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
+    known = power or {}
+
+    def diagonal(name: str) -> Tensor | None:
+        mean_square = known.get(f"{name}.weight")
+        return None if mean_square is None else torch.diag(mean_square).to(next(model.parameters()).device)
+
+    return {"exponent": GPTQ_EXPONENT, "moments": diagonal}
 
 
 def stored_name(name: str, tensor: Tensor) -> str:
@@ -363,10 +396,29 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def plan(name: str, config: QuantConfig) -> QuantizationReport:
-    """What `quantize_pretrained` would do, from the model's config alone: no weight is read, nothing is written."""
+def plan(
+    name: str,
+    config: QuantConfig,
+    target_bpw: float | None = None,
+    calibrate: str = "none",
+    free: Collection[str] = (),
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """What `quantize_pretrained` would do; nothing is written.
+
+    Without a target, or with calibrate `none`, from the model's config alone: no weight is read. Otherwise the model is
+    loaded, because the widths depend on how sensitive its layers are.
+    """
     source = find(name)
-    model = load_float(source) if source.gguf else empty_model(source)
+    measured = target_bpw is not None and calibrate != "none"
+    model = load_float(source, device=device) if source.gguf or measured else empty_model(source)
+    if target_bpw is not None:
+        found = {}
+        if measured:
+            ids = calibration_ids(model, load_tokenizer(source), calibrate, progress=progress)
+            found = sensitivity_of(model, ids, calibration_power(model, ids, progress), progress)
+        config = allocate_bits(model, target_bpw, config, sensitivity=found or None, free=free)
     return plan_model(model, config)
 
 

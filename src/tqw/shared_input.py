@@ -1,7 +1,8 @@
 """Layers that read the same input (q, k and v; gate and up), computed together when the first of them is called.
 
 For a few tokens a layer costs less than the way to it: one call for the family transforms x once, enters the backend
-once and starts the threads once. The layers stay where they are, with parameters of their own.
+once and starts the threads once. On a GPU their codes are put side by side in memory, so that one kernel reads them as
+one weight. The layers stay where they are, with parameters of their own.
 """
 
 from __future__ import annotations
@@ -9,16 +10,81 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tqw import kernels
 from tqw.kernels import cpu
 from tqw.weight import QuantizedWeight
 
-_MOST_TOKENS = 8  # with more, the products outweigh everything else
+_MOST_TOKENS = {"cpu": 8, "cuda": 64}  # with more, the products outweigh everything else
 _MOST_MISSES = 8  # then the layers do not really share their inputs
+
+
+def _moment(x: Tensor) -> object:
+    """Equal for two calls on x between which nothing can have changed: its version; on a GPU the same stream, too."""
+    version = 0 if x.is_inference() else x._version
+    if not x.is_cuda:
+        return version
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    return version, stream, torch.cuda.is_current_stream_capturing()
+
+
+class JoinedWeight:
+    """Several weights as one: their rows follow each other in memory, and they are views of it."""
+
+    def __init__(self, weight: QuantizedWeight, channel_scales: tuple[tuple[Tensor, int], ...]) -> None:
+        self.weight = weight
+        self.channel_scales = channel_scales
+
+    def holds(self, weights: Sequence[QuantizedWeight]) -> bool:
+        """Whether the weights are still those views, with the channel scales that were compared."""
+        row = 0
+        for qw in weights:
+            for mine, theirs in zip(_stacked(self.weight), _stacked(qw), strict=False):
+                if theirs.data_ptr() != mine.data_ptr() + row * mine.stride(0) * mine.element_size():
+                    return False
+            row += qw.out_features
+        return all(
+            scale is known and scale._version == version
+            for qw, (known, version) in zip(weights, self.channel_scales, strict=True)
+            for scale in qw.channel_scale
+        )
+
+
+def _stacked(qw: QuantizedWeight) -> tuple[Tensor, ...]:
+    """The tensors with one row for each output."""
+    return (*qw.packed, *qw.weight_scale)
+
+
+@torch.no_grad()
+def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
+    """Move the rows of weights that share their input into one piece of memory; their tensors become views of it.
+
+    None, and nothing moved, where they cannot be computed as one: other widths, groups or channel scales.
+    """
+    first = weights[0]
+    if first.rotation == "qr" or not first.shares_rotation:
+        return None
+    for qw in weights:
+        alike = (qw.bits, qw.group_size, qw.rotation) == (first.bits, first.group_size, first.rotation)
+        if not alike or not qw.shares_rotation or qw.packed[0].stride(0) % 16:
+            return None
+        if not torch.equal(qw.channel_scale[0], first.channel_scale[0]):
+            return None
+    with torch.inference_mode(False):
+        stacks = [torch.cat([t.data for t in tensors]) for tensors in zip(*map(_stacked, weights), strict=True)]
+        row = 0
+        for qw in weights:
+            for stack, tensor in zip(stacks, _stacked(qw), strict=True):
+                tensor.data = stack[row : row + qw.out_features]
+            row += qw.out_features
+    passes = len(first.packed)
+    weight = replace(first, packed=tuple(stacks[:passes]), weight_scale=tuple(stacks[passes:]))
+    return JoinedWeight(weight, tuple((qw.channel_scale[0], qw.channel_scale[0]._version) for qw in weights))
 
 
 class SharedInput:
@@ -29,24 +95,42 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
+        self._forget()
+
+    def _forget(self) -> None:
         self.misses = 0
         self.channel_scales: tuple[Tensor, ...] = ()
         self.usable = False
-        self.ahead: tuple[weakref.ref[Tensor] | None, int, dict[int, Tensor]] = (None, 0, {})
+        self.joined: JoinedWeight | None = None
+        self.ahead: tuple[weakref.ref[Tensor] | None, object, dict[int, Tensor]] = (None, None, {})
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles start anew: what waits here belongs to this process and these tensors."""
-        return {**vars(self), "misses": 0, "channel_scales": (), "usable": False, "ahead": (None, 0, {})}
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
+        self._forget()
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for a plain CPU tensor x, or None where the layer must compute by itself."""
-        if self.misses > _MOST_MISSES or x.device.type != "cpu" or x.shape.numel() > _MOST_TOKENS * x.shape[-1]:
+        """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
+        most = _MOST_TOKENS.get(x.device.type, 0)
+        if self.misses > _MOST_MISSES or x.shape.numel() > most * x.shape[-1]:
             return None
-        made_of, version, waiting = self.ahead
-        now = 0 if x.is_inference() else x._version
-        if made_of is not None and made_of() is x and version == now and id(layer) in waiting:
+        made_of, moment, waiting = self.ahead
+        now = _moment(x)
+        if made_of is not None and made_of() is x and moment == now and id(layer) in waiting:
             return waiting.pop(id(layer))
         self.misses += bool(waiting)
+        computed = self._on_cpu(x) if x.device.type == "cpu" else self._on_gpu(x)
+        if computed is None:
+            return None
+        outputs = dict(zip(map(id, self.layers), computed, strict=True))
+        mine = outputs.pop(id(layer))
+        self.ahead = weakref.ref(x), now, outputs
+        return mine
+
+    def _on_cpu(self, x: Tensor) -> Sequence[Tensor] | None:
         weights = [member.quantized_weight for member in self.layers]
         if (
             x.shape[-1] != weights[0].in_features
@@ -54,12 +138,23 @@ class SharedInput:
             or cpu.supports(x, weights[0]) is not None
         ):
             return None
-        outputs = dict(
-            zip(map(id, self.layers), cpu.linears(x, weights, [member.bias for member in self.layers]), strict=True)
-        )
-        mine = outputs.pop(id(layer))
-        self.ahead = weakref.ref(x), now, outputs
-        return mine
+        return cpu.linears(x, weights, [member.bias for member in self.layers])
+
+    def _on_gpu(self, x: Tensor) -> Sequence[Tensor] | None:
+        weights = [member.quantized_weight for member in self.layers]
+        if x.shape[-1] != weights[0].in_features or weights[0].device != x.device:
+            return None
+        if self.joined is None or not self.joined.holds(weights):
+            if torch.cuda.is_current_stream_capturing():
+                return None  # memory from inside a capture belongs to the graph
+            self.misses += 1
+            self.joined = join(weights)
+            if self.joined is None:
+                return None
+        parts = kernels.linear(x, self.joined.weight).split([qw.out_features for qw in weights], -1)
+        return [
+            part if member.bias is None else part + member.bias for part, member in zip(parts, self.layers, strict=True)
+        ]
 
     def _still_alike(self, weights: list[QuantizedWeight]) -> bool:
         """Compared again only when a parameter was replaced."""

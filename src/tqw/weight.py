@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -112,6 +113,19 @@ class QuantizedWeight:
             packed=tuple(packed[index] for packed in self.packed),
             weight_scale=tuple(scale[index] for scale in self.weight_scale),
         )
+
+    def split(self, out_features: Sequence[int]) -> list[QuantizedWeight]:
+        """The weights of siblings that were quantized as one, stacked along `out`; each owns its tensors."""
+        ends = torch.tensor([0, *out_features]).cumsum(0).tolist()
+        return [
+            replace(
+                self,
+                packed=tuple(packed[start:end].clone() for packed in self.packed),
+                weight_scale=tuple(scale[start:end].clone() for scale in self.weight_scale),
+                channel_scale=tuple(scale.clone() for scale in self.channel_scale),
+            )
+            for start, end in pairwise(ends)
+        ]
 
 
 def transform(x: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:

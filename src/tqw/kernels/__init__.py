@@ -19,10 +19,10 @@ from torch._C._functorch import peek_interpreter_stack
 
 from tqw import weight
 from tqw.errors import TqwError
-from tqw.kernels import cpu, cuda, reference
+from tqw.kernels import cpu, cuda, reference, triton
 from tqw.weight import QuantizedWeight
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "triton": triton, "reference": reference}
 
 _WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
 torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")

@@ -6,6 +6,7 @@ T(x) is rounded to 16-bit fixed point with one scale per token and tile of at mo
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024) * sum |V|  +  float32 accumulation
 
+TQW_CUDA_ACTIVATIONS=fp8 rounds T(x) and V of long inputs to e4m3, at the price that docs/kernels.md states.
 Nothing here asks the GPU anything before the first call.
 """
 
@@ -31,10 +32,12 @@ from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
-_MIDDLE_TOKENS = 320  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
-_FUSED_INPUTS = 8192  # tokens * inputs up to here: every block transforms x itself
+_MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
-_SLICE_BYTES = 32 << 20  # of the dense slice: it stays in the L2 cache of large GPUs
+_SLICE_BYTES = (
+    64 << 20
+)  # of the dense slice; smaller ones stay in the L2 cache but leave the last wave of a product thin
+_FP8_TOKENS = 384  # with fp8 activations: from here on the library's product wins (H100)
 
 
 class _Params(ctypes.Structure):
@@ -74,9 +77,12 @@ class Variant:
     x_type: int
     column_tiles: int = 1
     fused: bool = True
+    cluster: int = 1
     warps: int = 16
-    depth: int = 2
+    ring: int = 1
     min_ctas: int = 1
+    small: bool = False
+    fp8: bool = False
     columns: int = 0  # of middle.cu; 0: not part of the module
     warpgroups: int = 1
     split: int = 1
@@ -85,9 +91,12 @@ class Variant:
     def source(self) -> str:
         macros = {
             "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
-            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
-            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
-            "WARPS": self.warps, "DEPTH": self.depth, "MIN_CTAS": self.min_ctas,
+            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate and not self.fp8),
+            "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
+            "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "CLUSTER": self.cluster, "WARPS": self.warps,
+            "TURNS": -(-self.padded_in // self.tile // self.warps), "RING": self.ring, "MIN_CTAS": self.min_ctas,
+            "SMALL": int(self.small),
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         files = ["linear.cu"]
@@ -145,18 +154,24 @@ def cache_folder() -> Path:
 
 def compile_source(source: str, arch: str) -> bytes:
     """CUDA C++ to a cubin. Needs no GPU. arch: for example "sm_90"."""
+    return compile_with_log(source, arch)[0]
+
+
+def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
+    """`compile_source`, and what the compiler says about registers and spills."""
     nvrtc = import_module("cuda.bindings.nvrtc")
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], []), "nvrtcCreateProgram")
     try:
-        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device"]
+        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device", b"--ptxas-options=-v"]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text = log.decode().rstrip("\0")
         if int(error) != 0:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{log.decode()}")
+            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{text}")
         cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
-        return cubin
+        return cubin, text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -353,52 +368,93 @@ def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) 
     return next((batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit), None)
 
 
+def _warps(tiles: int) -> int:
+    """Warps of a CTA that share a strip's tiles evenly, in an even number of turns: about 16."""
+    if tiles <= 20:
+        return tiles
+    turns = {warps: -(-tiles // warps) for warps in range(8, 21)}
+    return min(turns, key=lambda w: turns[w] * w / tiles + 0.01 * abs(w - 16) + 0.05 * (turns[w] % 2))
+
+
 def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
-    """The decode kernel for at most 32 tokens; None: the transformed tokens do not fit."""
+    """The decode kernel for a few tokens; None: the transformed tokens do not fit. Measured on one H100."""
     tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
-    grid = min(strips, device.multiprocessors)
-    warps = next(w for w in (16, 8, 4, 2, 1) if w <= tiles)
-    deep = -(-strips // grid) * tiles // warps > 6 and bits <= 4
+    warps, items = _warps(tiles), -(-base.padded_in // 256) * tokens
+    deep = strips > 6 * device.multiprocessors or (tokens > 2 and tiles <= 64)
     variant = replace(
         base,
-        column_tiles=next(n for n in (1, 2, 4, 8) if 4 * n >= tokens),
-        fused=tokens * base.padded_in <= _FUSED_INPUTS,
+        column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
+        fused=tokens <= 2,  # with more, it takes too long to transform them in every CTA, or cluster
+        cluster=2 if device.clusters and tokens <= 2 and items > warps and strips >= 8 else 1,
         warps=warps,
-        depth=4 if deep else 2 if bits <= 8 else 1,
+        ring=_ring(-(-tiles // warps), (4 if deep else 2) if bits <= 4 else 2 if bits <= 8 else 1),
+        small=out < 16,
     )
+    cluster, function = variant.cluster, _function(variant, "tqw_decode", device)
+    grid = min(-(-strips // cluster) * cluster, _resident(function, 32 * warps, cluster, device))
     batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
     if batch is None:
         return None
     shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(_function(variant, "tqw_decode", device), (grid, 1), 32 * warps, shared, device)
+    decode = _Launch(function, (grid, 1), 32 * warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
-    items = -(-base.padded_in // 256) * tokens
     transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
     return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
+def _ring(turns: int, most: int) -> int:
+    """Tiles on their way in registers: a number that the kernel can unroll (see RING there)."""
+    if turns <= most:
+        return turns * (most // turns)
+    return next(ring for ring in range(most, 0, -1) if turns % ring == 0)
+
+
+@lru_cache(maxsize=512)
+def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int:
+    """CTAs that run at once, one on a multiprocessor: not all multiprocessors can be grouped in clusters."""
+    if cluster == 1:
+        return device.multiprocessors
+    driver = import_module("cuda.bindings.driver")
+    config = _config((cluster, 1), threads, device.shared_bytes, cluster, 0, False)
+    clusters = _checked(driver.cuOccupancyMaxActiveClusters(function, config), "cuOccupancyMaxActiveClusters")
+    return cluster * clusters
+
+
 def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
-    """The variant of middle.cu that fills the GPU with the least re-reading of T(x); None: not for this GPU or tile."""
+    """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
+
+    Measured on one H100. One CTA should meet all tokens, up to 256, and the CTAs should come in whole waves."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    strips, units = -(-out // 64), device.multiprocessors
-    columns = next((c for c in (16, 32, 64, 128) if c >= tokens), 256)
-    if columns == 256 and strips // 2 * -(-tokens // 256) < 0.7 * units:
-        columns = 128
-    groups = strips * -(-tokens // columns)  # of four warps
-    splits = [split for split in (1, 2, 4, 8) if split * 2 <= base.padded_in // 128] or [1]
-    if columns >= 128:  # one CTA fills a multiprocessor: two groups share T(x) when that leaves enough CTAs
-        warpgroups = 2 if columns == 256 or groups >= 0.9 * units else 1
-        least = units * (0.9 if warpgroups == 1 else 0.7)
-        enough = [split for split in splits if groups // warpgroups * split >= least]
-    else:  # several CTAs hide each other's waits; two groups in one where that makes about 1.5 CTAs
-        paired = [split for split in splits if 1.25 * units <= groups // 2 * split <= 1.75 * units]
-        warpgroups = 2 if paired else 1
-        enough = paired or [split for split in splits if groups * split >= units * (1.8 if columns == 64 else 3.6)]
-    split = enough[0] if enough else splits[-1]
-    crowded = columns * warpgroups >= 256 or (columns == 128 and groups * split > units)
-    return replace(base, columns=columns, warpgroups=warpgroups, split=split, stages=3 if crowded else 4)
+    units, most_split = device.multiprocessors, max(1, base.padded_in // 256)
+    blocks = -(-tokens // 256)
+    groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
+    few = blocks == 1 and groups * 2 <= units
+    columns = next(c for c in (32, 64, 128, 192, 256) if c >= -(-tokens // blocks))
+    if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
+        return None  # the last wave would be too thin
+    if not few and 64 < tokens <= 96:
+        columns = 96
+        if groups <= 2 * units:
+            return replace(base, columns=columns, split=2 if most_split > 1 else 1, stages=4)
+
+    def split(rows: int, ctas: float) -> int:
+        return next(s for s in (8, 4, 2, 1) if s == 1 or (groups // rows * s <= ctas and s <= most_split))
+
+    if columns <= 64 and split(1, 2 * units) >= 4:
+        return replace(base, columns=64, warpgroups=1, split=split(1, 2 * units), stages=4)
+    if columns <= 64:
+        narrow = next((s for s in (1, 2, 4, 8) if groups // 2 * s >= 1.3 * units and s <= most_split), most_split)
+        split_2 = next(s for s in (8, 4, 2, 1) if s <= narrow)
+        return replace(base, columns=columns, warpgroups=2, split=split_2, stages=4 if columns == 32 else 2)
+    if few:
+        return replace(base, columns=columns, split=split(1, units), stages=4 if columns == 128 else 3)
+    split_2 = split(2, units)
+    # two CTAs on a multiprocessor hide each other's waits where their registers fit
+    pair = columns == 128 and split_2 == 1 and sum(base.bits) <= 4
+    stages = 3 if pair else 4 if columns == 128 else 2
+    return replace(base, columns=columns, warpgroups=2, split=split_2, stages=stages, min_ctas=2 if pair else 1)
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
@@ -430,6 +486,7 @@ class _Ready:
         self.size = dtype.itemsize
         self.plans: dict[int, _Plan | None] = {}
         self.dequantize: dict[int, _Launch] = {}  # by rows
+        self.fp8_scale: tuple[Tensor, Tensor] | None = None
 
     def plan(self, tokens: int) -> _Plan | None:
         if tokens not in self.plans:
@@ -503,6 +560,66 @@ def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
         y += bias
 
 
+@lru_cache(maxsize=1)
+def _fp8_wanted() -> bool:
+    activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "exact")
+    if activations not in ("exact", "fp8"):
+        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact or fp8, got {activations!r}")
+    return activations == "fp8"
+
+
+def _fp8_fits(x: Tensor, qw: QuantizedWeight, ready: _Ready) -> bool:
+    """Enough tokens for the library's fp8 product to win, shapes that it takes, scales settled (not in a capture)."""
+    return (
+        x.shape[0] >= _FP8_TOKENS
+        and x.dtype == torch.bfloat16
+        and qw.rotation != "qr"
+        and ready.padded % 16 == 0
+        and ready.padded <= 16384
+        and ready.out % 16 == 0
+        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+        and (ready.fp8_scale is not None or not torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _fp8_scale(qw: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """2^e [1] and 2^-e [1, out], on the device: 2^e V is at most 448 and uses the range of e4m3."""
+    passes = zip(qw.weight_scale, qw.bits, strict=True)
+    largest = sum(scale.abs().max().float() * max(map(abs, levels(bits))) for scale, bits in passes)
+    exponent = torch.floor(torch.log2(448 / torch.as_tensor(largest).clamp(min=1e-30)))
+    return torch.exp2(exponent), torch.exp2(-exponent).expand(1, qw.out_features).contiguous()
+
+
+def _many_fp8(x: Tensor, y: Tensor, ready: _Ready, qw: QuantizedWeight, bias: Tensor | None) -> None:
+    """y = T(x) V^T + b with both operands rounded to e4m3: a scale for each token, one for V. By slices of rows."""
+    if ready.fp8_scale is None:
+        ready.fp8_scale = _fp8_scale(qw)
+    tokens, padded = x.shape[0], ready.padded
+    variant = replace(ready.base, fp8=True)
+    inputs = torch.empty(tokens, padded, dtype=torch.float8_e4m3fn, device=x.device)
+    input_scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
+    params = _Params.from_buffer_copy(ready.params)
+    params.x, params.x_stride, params.tokens = x.data_ptr(), x.stride(0), tokens
+    params.planes, params.plane_scale = inputs.data_ptr(), input_scale.data_ptr()
+    params.vectors = not (params.x % 16 or params.x_stride * 2 % 16 or params.channel % 8 or x.shape[1] % 8)
+    _Launch(_function(variant, "tqw_fp8_inputs", ready.device), (tokens, 1), 256, 0, ready.device)(params)
+
+    step = max(256, 2 * _SLICE_BYTES // padded // 256 * 256)
+    weight = torch.empty(min(step, ready.out), padded, dtype=torch.float8_e4m3fn, device=x.device)
+    factor, weight_scale = ready.fp8_scale
+    params.in_, params.y, params.plane_scale, params.vectors = padded, weight.data_ptr(), factor.data_ptr(), 1
+    for first in range(0, ready.out, step):
+        rows = min(step, ready.out - first)
+        params.first_row, params.tokens = first, rows
+        _dequantize_launch(variant, rows, ready.device)(params)
+        torch.ops.aten._scaled_mm.out(
+            inputs, weight[:rows].T, input_scale, weight_scale[:, first : first + rows], out_dtype=x.dtype,
+            use_fast_accum=True, out=y[:, first : first + rows],
+        )  # fmt: skip
+    if bias is not None:
+        y += bias
+
+
 def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The op on [tokens, in] for passes that share a rotation."""
     tokens = x.shape[0]
@@ -510,6 +627,9 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
     if tokens == 0:
         return y
     ready = _ready(qw, x)
+    if _fp8_wanted() and _fp8_fits(x, qw, ready):
+        _many_fp8(x, y, ready, qw, bias)
+        return y
     plan = ready.plan(tokens)
     if plan is not None:
         ready.run(x, y, bias, plan)

@@ -15,9 +15,14 @@
 // TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
-// NT         columns tiles of 4 tokens: 1, 2, 4, 8   FUSED     1: every block transforms x itself
+// FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
+// NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
+// CLUSTER    CTAs that transform x together: 1, 2, 4 (FUSED)
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
-// WARPS, DEPTH, MIN_CTAS   warps of a CTA, tiles each keeps on their way, CTAs of one multiprocessor
+// WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
+// RING               tiles whose codes a warp has on their way: divides TURNS or is 1 to 4 times TURNS
+// MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
+// SMALL              1: fewer than 16 outputs
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -32,8 +37,8 @@ struct Params {
   void* y;              // [tokens, out]
   const u8* packed[4];  // [out, in_padded * bits / 8] for each pass
   const u16* scale[4];  // fp16 [out, groups]
-  u8* planes;           // [2 tokens, in_padded]: high, low of each token (not FUSED)
-  float* plane_scale;   // [tokens, tiles]
+  u8* planes;           // T(x), made by a kernel before this one
+  float* plane_scale;   // its scales
   const i64* ids;       // rows to read instead of 0, 1, ... (dequantize)
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
@@ -81,6 +86,12 @@ __device__ __forceinline__ void multiply(int* c, const u32* a, u32 b0, u32 b1) {
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// a & mask | bits in one instruction: at most one of its constants can be immediate, so `bits` is a register.
+__device__ __forceinline__ u32 mask_or(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
 }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -155,7 +166,7 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
     b = permute(e, o, 0x7362);
   } else {
     u32 q = first[step];
-    u32 low = q & 0x77777777u, top = (q >> 1 & 0x44444444u) | KEEP;
+    u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, KEEP);
     u32 low2 = low >> 16, top2 = top >> 16;
     if constexpr (B == 4) {
       a = look_up_16<4, 0>(low, top);
@@ -249,7 +260,7 @@ __device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, flo
   }
 }
 
-__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {
+__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {  // 0 beyond the last
   if (p.vectors && k + 8 <= p.in) {
     uint2 q = *(const uint2*)(p.channel + k);
 #pragma unroll
@@ -286,8 +297,8 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= norm;
 }
 
-// This lane's 8 of the 256 inputs that a warp transforms: v = T(x)[k .. k + 8).
-__device__ __forceinline__ void transformed_inputs(const Params& p, int token, int k, int lane, float (&v)[8]) {
+// a * x of eight inputs.
+__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, float (&v)[8]) {
   load_inputs(p, token * p.x_stride, k, v);
 #if SCALED
   float a[8];
@@ -295,18 +306,46 @@ __device__ __forceinline__ void transformed_inputs(const Params& p, int token, i
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] *= a[i];
 #endif
+}
+
+// Eight bytes, or four, to the same place of every CTA of the cluster.
+template <bool TO_ALL>
+__device__ __forceinline__ void store_pair(void* at, u32 a, u32 b) {
+  if constexpr (TO_ALL) {
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; rank++) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+  }
+  } else {
+  *(uint2*)at = make_uint2(a, b);
+  }
+}
+template <bool TO_ALL>
+__device__ __forceinline__ void store_value(float* at, float value) {
+  if constexpr (TO_ALL) {
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; rank++) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+  }
+  } else {
+  *at = value;
+  }
+}
+
+// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile; TO_ALL: in the shared memory
+// of every CTA of the cluster.
+template <bool TO_ALL>
+__device__ __forceinline__ void transform(const Params& p, int token, int k0, u8* high, u8* low, float* scales) {
+  int lane = threadIdx.x & 31, k = k0 + lane * 8;
+  float v[8];
+  scaled_inputs(p, token, k, v);
 #if ROTATE
   hadamard(v, lane);
 #endif
-}
-
-// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile. `base` is the input that
-// the planes start with.
-__device__ __forceinline__ void transform(const Params& p, int token, int k0, int end, int base, u8* high, u8* low,
-                                          float* scales) {
-  int lane = threadIdx.x & 31, k = k0 + lane * 8;
-  float v[8];
-  transformed_inputs(p, token, k, lane, v);
   float most = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
@@ -318,7 +357,7 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
   int q[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), 32512), -32512);
-  if (k >= end) return;
+  if (k >= IN_PADDED) return;
   u32 l[2], h[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -326,21 +365,21 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, in
     l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
-  *(uint2*)(high + k - base) = make_uint2(h[0], h[1]);
-  *(uint2*)(low + k - base) = make_uint2(l[0], l[1]);
-  if (lane % (TILE / 8) == 0) scales[(k - base) / TILE] = scale;
+  store_pair<TO_ALL>(high + k, h[0], h[1]);
+  store_pair<TO_ALL>(low + k, l[0], l[1]);
+  if (lane % (TILE / 8) == 0) store_value<TO_ALL>(scales + k / TILE, scale);
 }
 
-// T(x) of many tokens, once for all blocks of the product: one warp for 256 inputs of one token.
+// T(x) of many tokens, once for all CTAs of the product: one warp for 256 inputs of one token.
 extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
   allow_next_kernel();
   wait_for_previous_kernel();
-  int chunks = (IN_PADDED + 255) / 256;
+  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
   int item = blockIdx.x * 8 + threadIdx.x / 32;
-  if (item >= chunks * p.tokens) return;
-  int token = item / chunks, k0 = item % chunks * 256;
+  if (item >= CHUNKS * p.tokens) return;
+  int token = item / CHUNKS;
   u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
-  transform(p, token, k0, IN_PADDED, 0, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  transform<false>(p, token, item % CHUNKS * 256, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -437,12 +476,44 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
-static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
-
 #ifndef COLUMNS
-// A CTA owns every gridDim-th strip of 16 rows; its warps take the strip's tiles in turn and leave their sums in shared
-// memory, which one barrier for every p.batch strips adds up (two buffers: no second barrier). Each lane keeps DEPTH
-// tiles of codes on their way in registers, across strips, so the memory never waits for a barrier.
+static_assert((TURNS % RING == 0 || RING % TURNS == 0) && RING <= 4 * TURNS, "slots of the ring are constants");
+static constexpr int PITCH = IN_PADDED + 16;                  // 16: two columns share no bank
+static constexpr int ACROSS = WARPS * TILE;                   // inputs from one of them to the next
+
+// A lane's codes and scales of tile `turn`, of rows `row` and `row1`. Where the place of a tile's codes is linear in its
+// number, all turns of a strip share their addresses but for constants.
+template <int I>
+__device__ __forceinline__ void load_turn(const Params& p, Unit& unit, i64 row, i64 row1, int turn, int warp, int t) {
+  constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
+  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
+  constexpr bool LINEAR = COUNT == 1 || GROUP == TILE;
+  int first = warp * TILE, k = first + turn * ACROSS;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const u8* codes = p.packed[I] + (h ? row1 : row) * STRIDE;
+    const u16* scales = p.scale[I] + (h ? row1 : row) * GROUPS;
+    load_stream<W0>(unit.codes[h] + FIRST,
+                    LINEAR ? codes + code_offset(B, 0, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 0, k, t));
+    if constexpr (COUNT == 2)
+      load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0),
+                      LINEAR ? codes + code_offset(B, 1, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 1, k, t));
+    scales += ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : k / GROUP;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(scales));
+  }
+  if constexpr (I + 1 < PASSES) load_turn<I + 1>(p, unit, row, row1, turn, warp, t);
+}
+
+#if CLUSTER > 1
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+#endif
+
+// A CTA owns every gridDim-th strip of 16 rows (the last one may overlap the one before it: the same values twice). Its
+// warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds
+// up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way, in registers, so the
+// memory never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -450,30 +521,37 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   int outputs = 16 * p.tokens;  // of one strip
   u8* planes = shared + 2 * p.batch * WARPS * outputs * 4;
   float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
+#if CLUSTER > 1
+  cluster_arrive();
+#endif
+#if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
+  for (int k = threadIdx.x * 16; k < p.in; k += WARPS * 512) asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + k));
+#endif
 
   int strips = (p.out + 15) / 16;
-  Unit units[DEPTH];
-  int next_strip = blockIdx.x, next_tile = warp;
-  auto fetch = [&](Unit& unit) {
-    if (next_strip < strips) {
-      int row0 = min(next_strip * 16 + g, p.out - 1), row1 = min(next_strip * 16 + g + 8, p.out - 1);
-      load_pass<0>(p, unit, row0, row1, next_tile * TILE, t);
+  auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
+  auto fetch = [&](Unit& unit, int strip, int turn) {
+    if (strip < strips && (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES)) {
+      i64 row = SMALL ? min(g, p.out - 1) : first_row(strip) + g;
+      load_turn<0>(p, unit, row, SMALL ? min(g + 8, p.out - 1) : row + 8, turn, warp, t);
     }
-    next_tile += WARPS;
-    if (next_tile >= TILES) next_tile = warp, next_strip += gridDim.x;
   };
+  Unit units[RING];
 #pragma unroll
-  for (int i = 0; i < DEPTH; i++) fetch(units[i]);
+  for (int i = 0; i < RING; i++) fetch(units[i], blockIdx.x + i / TURNS * gridDim.x, i % TURNS);
   allow_next_kernel();
   wait_for_previous_kernel();
 
 #if FUSED
   constexpr int CHUNKS = (IN_PADDED + 255) / 256;
+#if CLUSTER > 1
+  cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
+#endif
 #pragma unroll 1
-  for (int item = warp; item < CHUNKS * p.tokens; item += WARPS) {
+  for (int item = warp + WARPS * (blockIdx.x % CLUSTER); item < CHUNKS * p.tokens; item += WARPS * CLUSTER) {
     int token = item / CHUNKS;
     u8* high = planes + 2 * token * PITCH;
-    transform(p, token, item % CHUNKS * 256, IN_PADDED, 0, high, high + PITCH, plane_scale + token * TILES);
+    transform<(CLUSTER > 1)>(p, token, item % CHUNKS * 256, high, high + PITCH, plane_scale + token * TILES);
   }
 #else
   constexpr int PIECES = IN_PADDED / 16;
@@ -482,28 +560,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
   for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
 #endif
+#if CLUSTER > 1
+  cluster_arrive();
+  cluster_wait();
+#else
   __syncthreads();
+#endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
   const float* x_scales[NT];
-  float total[NT][2];
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE;
-    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES;
-    total[n][0] = total[n][1] = 0.f;
+    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + warp * TILE;
+    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES + warp;
   }
-  int strip = blockIdx.x, tile = warp, buffer = 0, pending = 0;
-  auto work = [&](Unit& unit) {  // one tile; false after the last
-    const u8* at[NT];
-    float x_scale[NT];
+  int strip = blockIdx.x, buffer = 0, pending = 0;
+  auto work = [&](Unit* mine) {  // one strip; false after the last
+    float total[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++) at[n] = column[n] + tile * TILE, x_scale[n] = x_scales[n][tile];
-    multiply_pass<0>(unit, at, x_scale, total);
-    fetch(unit);
-    tile += WARPS;
-    if (tile < TILES) return true;
+    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      if (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES) {
+        const u8* at[NT];
+        float x_scale[NT];
+#pragma unroll
+        for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
+        Unit& unit = mine[turn % RING];
+        multiply_pass<0>(unit, at, x_scale, total);
+        fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
+      }
+    }
     float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -511,37 +599,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         sum[(4 * n + t) * 16] = total[n][0];
         sum[(4 * n + t) * 16 + 8] = total[n][1];
       }
-      total[n][0] = total[n][1] = 0.f;
     }
-    tile = warp;
+    strip += gridDim.x;
     pending++;
-    bool more = strip + pending * gridDim.x < strips;
+    bool more = strip < strips;
     if (pending == p.batch || !more) {
       __syncthreads();
-      for (int i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
-        const float* from = sums + (buffer * p.batch + i / outputs) * WARPS * outputs + i % outputs;
-        int row = (strip + i / outputs * gridDim.x) * 16 + i % 16;
+      for (u32 i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
+        u32 which = i / (u32)outputs, output = i % (u32)outputs;
+        const float* from = sums + (buffer * p.batch + which) * WARPS * outputs + output;
+        int row = first_row(strip - (pending - which) * gridDim.x) + output % 16;
         float value = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += from[w * outputs];
-        if (row < p.out) store_output(p, i % outputs / 16, row, value);
+        if (row < p.out) store_output(p, output / 16, row, value);
       }
       buffer ^= 1;
-      strip += pending * gridDim.x;
       pending = 0;
     }
     return more;
   };
   while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
-    if (!work(units[0])) return;
-#if DEPTH > 1
-    if (!work(units[1])) return;
+    if (!work(units)) return;
+#if RING >= 2 * TURNS
+    if (!work(units + TURNS)) return;
 #endif
-#if DEPTH > 2
-    if (!work(units[2])) return;
+#if RING >= 3 * TURNS
+    if (!work(units + 2 * TURNS)) return;
 #endif
-#if DEPTH > 3
-    if (!work(units[3])) return;
+#if RING >= 4 * TURNS
+    if (!work(units + 3 * TURNS)) return;
 #endif
   }
 }
@@ -612,6 +699,13 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
   return d;
 }
 
+__device__ __forceinline__ u32 pack_fp8(const float* v) {  // four e4m3, clamped to +-448; NaN stays NaN
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[1]), "f"(v[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[3]), "f"(v[2]));
+  return low | (u32)high << 16;
+}
+
 __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
   if (k >= p.in) return;
   i64 index = row * p.in + k;
@@ -664,6 +758,9 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
     for (int i = 0; i < 8; i++) a[s][i] *= norm;
   }
 #endif
+#if FP8
+  const float norm = *p.plane_scale;
+#endif
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
@@ -696,8 +793,13 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
           v[i] = value[s][i / 2][2 * h + i % 2];
 #if SCALED
           v[i] *= a[s][i];
+#elif FP8
+          v[i] *= norm;
 #endif
         }
+#if FP8
+        *(uint2*)(piece + row * BLOCK + within) = make_uint2(pack_fp8(v), pack_fp8(v + 4));
+#else
         if constexpr (BY_ROWS) {
           int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
           *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
@@ -705,23 +807,67 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
         } else if (first + row < p.tokens) {
           store_dense(p, first + row, k + within, v);
         }
+#endif
       }
     }
     if constexpr (BY_ROWS) {
-      constexpr int CHUNKS = BLOCK / 8, AT_ONCE = 32 / CHUNKS;  // chunks of a row, rows of a store
+      constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = BLOCK * BYTES / 16, AT_ONCE = 32 / CHUNKS;  // of a row; rows of a store
       int chunk = lane % CHUNKS, row = lane / CHUNKS, rows = p.tokens - first;
-      u16* to = (u16*)p.y + (i64)(first + row) * p.in + k + chunk * 8;
+      u8* to = (u8*)p.y + ((i64)(first + row) * p.in + k) * BYTES + chunk * 16;
       __syncwarp();
-      if (k + chunk * 8 >= p.in) rows = 0;
+      if (k + chunk * (16 / BYTES) >= p.in) rows = 0;
 #pragma unroll
       for (int i = 0; i < 16 / AT_ONCE; i++, row += AT_ONCE) {
-        uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
-        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in) = q;
+        int at = FP8 ? chunk : chunk ^ chunk / 8 ^ (row & 1) * 2;
+        uint4 q = *(const uint4*)(piece + row * (BLOCK * BYTES) + at * 16);
+        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in * BYTES) = q;
       }
       __syncwarp();
     }
   }
 }
+
+#if FP8
+// T(x) of one token as e4m3 [in_padded] with its scale, max |T(x)| / 448.
+extern "C" __global__ void __launch_bounds__(256) tqw_fp8_inputs(const __grid_constant__ Params p) {
+  __shared__ float most_of_warp[8];
+  constexpr int ROUNDS = (IN_PADDED + 2047) / 2048;
+  int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  float v[ROUNDS][8], most = 0.f;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int k = r * 2048 + threadIdx.x * 8;
+    load_inputs(p, token * p.x_stride, k, v[r]);
+    float a[8];
+    channel_scales(p, k, a);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[r][i] *= a[i];
+#if ROTATE_X
+    hadamard(v[r], lane);
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[r][i]));
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
+  if (lane == 0) most_of_warp[warp] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  if (!(most < 3e38f)) most = most - most;  // NaN for NaN and Inf: every output of the token is NaN
+  float scale = most > 0.f || most != most ? most * (1.f / 448.f) : 1.f, inverse = 1.f / scale;
+  if (threadIdx.x == 0) p.plane_scale[token] = scale;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int k = r * 2048 + threadIdx.x * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[r][i] *= inverse;
+    if (k < IN_PADDED) *(uint2*)(p.planes + (i64)token * IN_PADDED + k) = make_uint2(pack_fp8(v[r]), pack_fp8(v[r] + 4));
+  }
+}
+#endif
 
 #ifndef COLUMNS  // a module of middle.cu has only its own kernels
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
@@ -732,7 +878,7 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
   allow_next_kernel();
   wait_for_previous_kernel();
   if (k >= IN_PADDED) return;
-  if (X_TYPE != 0 && p.vectors)
+  if (FP8 || (X_TYPE != 0 && p.vectors))
     dequantize_block<true>(p, k, shared[warp]);
   else
     dequantize_block<false>(p, k, shared[warp]);

@@ -7,7 +7,7 @@
 // A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs; the SPLIT CTAs of a
 // cluster add up through their shared memory in a fixed order.
 //
-// COLUMNS    tokens of a CTA: 16, 32, 64, 128          WARPGROUPS   1, 2
+// COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
 // WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
 
@@ -23,22 +23,41 @@ __device__ __forceinline__ i64 spread_offset(int token, int k) {
   return ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) +
          token % COLUMNS * 128 + t * 4;
 }
+__device__ __forceinline__ void spread_store(const Params& p, int token, int k, const float* v) {
+  u8* to = p.planes + spread_offset(token, k);
+  int first = 4 * (k % 16 / 8), row = token & 7;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
+}
 
-// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e.
+// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
   __shared__ float most_of_warp[8];
+  constexpr int ROUNDS = (IN_PADDED + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
   int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   allow_next_kernel();
-  wait_for_previous_kernel();
-  float most = 0.f;
-  for (int k = threadIdx.x * 8; k < p.in; k += 2048) {
-    float v[8], a[8];
-    load_inputs(p, token * p.x_stride, k, v);
+  float a[KEPT][8], v[KEPT][8], most = 0.f;
 #if SCALED
-    channel_scales(p, k, a);
-#endif
 #pragma unroll
-    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(SCALED ? v[i] * a[i] : v[i]));
+  for (int r = 0; r < KEPT; r++) channel_scales(p, r * 2048 + threadIdx.x * 8, a[r]);
+#endif
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) {
+    load_inputs(p, token * p.x_stride, r * 2048 + threadIdx.x * 8, v[r]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (SCALED) v[r][i] *= a[r][i];
+      most = max_or_nan(most, fabsf(v[r][i]));
+    }
+  }
+#pragma unroll 1
+  for (int r = KEPT; r < ROUNDS; r++) {
+    float w[8];
+    scaled_inputs(p, token, r * 2048 + threadIdx.x * 8, w);
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(w[i]));
   }
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
@@ -52,17 +71,22 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   if (scale < 0x1p-120f) scale = 0x1p-120f;
   float inverse = 1.f / scale;
   if (threadIdx.x == 0) p.plane_scale[token] = scale;
-  for (int k0 = warp * 256; k0 < IN_PADDED; k0 += 2048) {
-    int k = k0 + lane * 8;
-    float v[8];
-    transformed_inputs(p, token, k, lane, v);
-    if (k >= IN_PADDED) continue;
-    u8* to = p.planes + spread_offset(token, k);
-    int first = 4 * (k % 16 / 8), row = token & 7;
+  auto store = [&](float (&values)[8], int k) {
+#if ROTATE
+    hadamard(values, lane);
+#endif
+    if (k >= IN_PADDED) return;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      *(u32*)(to + ((first + i) ^ row) * 16) =
-          float_to_half(v[2 * i] * inverse) | (u32)float_to_half(v[2 * i + 1] * inverse) << 16;
+    for (int i = 0; i < 8; i++) values[i] *= inverse;
+    spread_store(p, token, k, values);
+  };
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) store(v[r], r * 2048 + threadIdx.x * 8);
+#pragma unroll 1
+  for (int r = KEPT; r < ROUNDS; r++) {
+    float w[8];
+    scaled_inputs(p, token, r * 2048 + threadIdx.x * 8, w);
+    store(w, r * 2048 + threadIdx.x * 8);
   }
 }
 
@@ -91,9 +115,6 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u
 __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
-__device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
-  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
 __device__ __forceinline__ void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>
@@ -111,6 +132,9 @@ __device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
   return d;
 }
 
+__device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
+  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 // Four int8 levels times a scale (twice in one register): two registers of fp16 pairs.
 __device__ __forceinline__ void to_half(u32 levels, u32 scale, u32& low, u32& high) {
   u32 biased = levels ^ 0x80808080u;  // 0x6400 | byte is 1024 + byte
@@ -153,14 +177,43 @@ __device__ __forceinline__ void multiply_half(const Unit& unit, int half, u64 b,
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-__device__ __forceinline__ float read_peer(u32 mine, int rank) {
-  u32 address;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(mine), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
 #endif
+
+// Four neighbouring sums, of all CTAs of the cluster.
+__device__ __forceinline__ void read_sums(const float* mine, float* value) {
+#if SPLIT > 1
+  value[0] = value[1] = value[2] = value[3] = 0.f;
+#pragma unroll
+  for (int rank = 0; rank < SPLIT; rank++) {
+    u32 address;
+    float4 f;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
+                 : "r"(address)
+                 : "memory");
+    value[0] += f.x, value[1] += f.y, value[2] += f.z, value[3] += f.w;
+  }
+#else
+  float4 f = *(const float4*)mine;
+  value[0] = f.x, value[1] = f.y, value[2] = f.z, value[3] = f.w;
+#endif
+}
+
+// Eight neighbouring outputs of a token, 16-bit, aligned.
+__device__ __forceinline__ void store_eight(const Params& p, int token, int row, float* value) {
+  if (p.bias) {
+    uint4 q = *(const uint4*)((const u16*)p.bias + row);
+    u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      value[2 * i] += X_TYPE == 1 ? half_to_float((u16)words[i]) : __uint_as_float(words[i] << 16);
+      value[2 * i + 1] += X_TYPE == 1 ? half_to_float((u16)(words[i] >> 16)) : __uint_as_float(words[i] & 0xFFFF0000u);
+    }
+  }
+  *(uint4*)((u16*)p.y + (i64)token * p.out + row) = make_uint4(
+      pack_pair(value[0], value[1]), pack_pair(value[2], value[3]), pack_pair(value[4], value[5]), pack_pair(value[6], value[7]));
+}
 
 extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 ring[];
@@ -228,19 +281,22 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   __syncthreads();
 #endif
   int tokens = min(COLUMNS, p.tokens - first_token);
-  for (int i = rank * 128 * WARPGROUPS + threadIdx.x; i < tokens * ROWS; i += SPLIT * 128 * WARPGROUPS) {
+  bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
+#pragma unroll 4
+  for (int i = (rank * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += SPLIT * 1024 * WARPGROUPS) {
     int token = i / ROWS, row = first_row + i % ROWS;
-    if (row >= p.out) continue;
-    float value;
-#if SPLIT > 1
-    u32 at = shared_address(sums + token * SUM_PITCH + i % ROWS);
-    value = 0.f;
+    float value[8], scale = p.plane_scale[first_token + token];
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) value += read_peer(at, r);
-#else
-    value = sums[token * SUM_PITCH + i % ROWS];
-#endif
-    store_output(p, first_token + token, row, value * p.plane_scale[first_token + token]);
+    for (int h = 0; h < 2; h++) read_sums(sums + token * SUM_PITCH + i % ROWS + 4 * h, value + 4 * h);
+#pragma unroll
+    for (int j = 0; j < 8; j++) value[j] *= scale;
+    if (whole) {
+      if (row < p.out) store_eight(p, first_token + token, row, value);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (row + j < p.out) store_output(p, first_token + token, row + j, value[j]);
+    }
   }
 #if SPLIT > 1
   cluster_barrier();  // no CTA leaves while another still reads its sums

@@ -1,0 +1,69 @@
+"""Registers, shared memory and spills of the CUDA kernels on every architecture, as the compiler reports them.
+
+python benchmarks/gpu_registers.py [-o benchmarks/results/gpu_registers.json]
+
+Needs no GPU: pip install cuda-bindings nvidia-cuda-nvrtc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqw.config import format_bits
+from tqw.kernels import cuda
+from tqw.report import document, write_json
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, ring=2)
+VARIANTS = {
+    "1 token": BASE,
+    "1 token, 3 bits": replace(BASE, bits=(3,)),
+    "1 token, 6 bits": replace(BASE, bits=(6,)),
+    "1 token, 8 bits": replace(BASE, bits=(8,)),
+    "1 token, 4+4 bits": replace(BASE, bits=(4, 4)),
+    "1 token, 14336 inputs": replace(BASE, padded_in=14336, warps=14),
+    "16 tokens": replace(BASE, column_tiles=4, ring=4, fused=False),
+}
+HOPPER = {
+    "64 tokens": replace(BASE, columns=64, stages=4),
+    "128 tokens": replace(BASE, columns=128, stages=4),
+    "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
+}
+FP8 = {"fp8 operands": replace(BASE, fp8=True)}
+_ENTRY = re.compile(
+    r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
+)
+
+
+def rows_of(name: str, variant: cuda.Variant, arch: str) -> list[dict[str, Any]]:
+    _, log = cuda.compile_with_log(variant.source(), arch)
+    return [
+        {"variant": name, "bits": format_bits(variant.bits), "arch": arch, "kernel": kernel,
+         "registers": int(registers), "spill_bytes": int(stores) + int(loads)}
+        for kernel, stores, loads, registers in _ENTRY.findall(log)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path)
+    output = parser.parse_args().output
+    rows = []
+    for arch in ARCHITECTURES:
+        variants = VARIANTS | (HOPPER if arch == "sm_90a" else {}) | ({} if arch in ("sm_80", "sm_86") else FP8)
+        for name, variant in variants.items():
+            rows += rows_of(name, variant, arch)
+    for row in rows:
+        sys.stderr.write(f"{row}\n")
+    if output:
+        write_json(output, document(rows, nvrtc=metadata.version("nvidia-cuda-nvrtc")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""What vLLM needs to run the stored layout: a quantization config, a method for linears, a method for experts.
+
+Which modules are quantized, at which widths and in which groups is read from the headers of the safetensors files, so
+that config.json's regexes need not be translated into vLLM's names. Loading is vLLM's own, by tensor names.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import GroupQuantScaleParameter, RowvLLMParameter
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from tqw import kernels
+from tqw.config import QUANT_METHOD, QuantConfig, parse_bits
+from tqw.errors import TqwError
+from tqw.integrations.serving import (
+    BITS_OVERRIDE,
+    StackedRows,
+    Stored,
+    check_columns,
+    first_passes,
+    holder,
+    parts_of,
+    stored_weights,
+    tensor_names,
+    unfilled,
+)
+from tqw.integrations.vllm_experts import ACTIVATIONS, routed_experts_op
+from tqw.layer import ROTATION_MATRIX, attached, parameter_names
+from tqw.pretrained import STORED_MATRIX
+from tqw.weight import QuantizedWeight
+
+_UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
+_EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def hub_names(model_type: str) -> list[tuple[str, str]]:
+    """(part of a name in transformers, the same on the hub and in vLLM) of mixtures of experts that transformers
+    renames. What it merely fuses vLLM knows."""
+    pairs = []
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        sources = list(conversion.source_patterns)
+        if sources == [".block_sparse_moe."]:
+            pairs.append((".mlp.", ".block_sparse_moe."))
+        elif any(".experts.*.w1." in source for source in sources):
+            pairs += [(".experts.gate_up_proj", ".experts.w13"), (".experts.down_proj", ".experts.w2")]
+    return pairs
+
+
+class _Reader(WeightsMapper):
+    """A WeightsMapper that first lets the config read the stream of stored tensors."""
+
+    read: Callable[[Weights], Weights]
+
+    def apply(self, weights: Weights) -> Weights:
+        return super().apply(self.read(weights))
+
+    def __or__(self, other: WeightsMapper) -> WeightsMapper:
+        return _reader(self.read, super().__or__(other))
+
+    def __ror__(self, other: WeightsMapper) -> WeightsMapper:
+        return _reader(self.read, WeightsMapper.__or__(other, self))
+
+
+def _reader(read: Callable[[Weights], Weights], mapper: WeightsMapper) -> _Reader:
+    reader = _Reader(**vars(mapper))
+    reader.read = read
+    return reader
+
+
+@register_quantization_config(QUANT_METHOD)
+class TqwConfig(QuantizationConfig):
+    """config.json's `quantization_config`, and what the checkpoint stores."""
+
+    def __init__(self, config: QuantConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stored: Stored = {}  # by names of the checkpoint, passes to load only
+        self.modules: dict[str, str] = {}  # vLLM's names -> names of the checkpoint
+        self.renamed: list[tuple[str, str]] = []
+        self.dropped: set[str] = set()
+        self.matrices: dict[int, nn.Parameter] = {}
+        self.embedding: str | None = None
+        self.vocabulary, self.tied = 0, False
+        self.taken: set[str] = set()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TqwConfig:
+        return cls(QuantConfig.from_dict(config))
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
+    ) -> None:
+        """Called once the model's files are known: read their headers."""
+        del kwargs
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        complete = stored_weights(headers, self.config.rotation)
+        bits = getattr(hf_config, BITS_OVERRIDE, None)
+        self.stored = first_passes(complete, None if bits is None else parse_bits(bits))
+        for module, weights in complete.items():
+            for prefix, qw in weights.items():
+                later = range(len(self.stored[module][prefix].packed), len(qw.packed))
+                self.dropped |= tensor_names(module, prefix, later)
+        self.renamed = hub_names(getattr(hf_config, "model_type", ""))
+        self.modules = {self._hub_name(name): name for name in self.stored}
+        text_config = hf_config.get_text_config() if hf_config is not None else None
+        self.vocabulary = getattr(text_config, "vocab_size", 0)
+        self.tied = bool(getattr(text_config, "tie_word_embeddings", False))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def _hub_name(self, name: str) -> str:
+        for ours, theirs in self.renamed:
+            name = name.replace(ours, theirs)
+        return name
+
+    # ------------------------------------------------------------------------------------------------ what runs where
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            name = self._take(prefix) or self._take(prefix.removesuffix(".routed_experts"))
+            return ExpertsMethod(self, name, layer) if name else None
+        if isinstance(layer, VocabParallelEmbedding):
+            name = self._take(prefix)
+            if isinstance(layer, ParallelLMHead):
+                name = name or (self.embedding if self.tied else None)  # stored once, under the embedding
+            else:
+                self.embedding = name = name or self._nameless_embedding(prefix)
+            return TqwLinearMethod(self, [name]) if name else None
+        if isinstance(layer, LinearBase):
+            names = parts_of(prefix, self.packed_modules_mapping, self._take)
+            return TqwLinearMethod(self, names) if names else UnquantizedLinearMethod()
+        return None
+
+    def _take(self, prefix: str) -> str | None:
+        name = self.modules.get(prefix)
+        if name is not None:
+            self.taken.add(name)
+        return name
+
+    def _nameless_embedding(self, prefix: str) -> str | None:
+        """The stored input embedding, for model classes that do not say what their embedding is called."""
+        names = (
+            name for name in self.modules if re.search(r"(emb[^.]*|wte)$", name) and not name.endswith("embed_out")
+        )
+        tables = [name for name in names if self._is_vocabulary(self.modules[name])]
+        return self._take(tables[0]) if not prefix and len(tables) == 1 else None
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        return _reader(self.read, QuantizationConfig.get_checkpoint_weight_mapper())
+
+    def read(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors as vLLM's loaders want them. Names that are none of the checkpoint's pass unchanged: vLLM
+        reads a model in nested steps."""
+        tables: dict[str, dict[str, Tensor]] = {name: {} for name in self.stored if self._needs_dense(name)}
+        for name, tensor in weights:
+            module, _, key = name.rpartition(".")
+            if module == STORED_MATRIX:
+                self.matrices[int(key)] = nn.Parameter(tensor, requires_grad=False)
+            elif name in self.dropped:
+                continue
+            elif module in tables:
+                tables[module][key] = tensor
+            else:
+                yield self._hub_name(name), tensor
+        for module, tensors in tables.items():
+            if tensors:
+                qw = attached(holder(tensors), self.config.rotation)
+                qw = replace(qw, rotation_matrix=self.matrix(qw, qw.device))
+                yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
+
+    def _needs_dense(self, name: str) -> bool:
+        """An embedding or head that vLLM's model class builds without asking for its quantization."""
+        return name not in self.taken and self._is_vocabulary(name)
+
+    def _is_vocabulary(self, name: str) -> bool:
+        return "" in self.stored[name] and self.stored[name][""].out_features == self.vocabulary
+
+    def matrix(self, qw: QuantizedWeight, device: torch.device) -> nn.Parameter | None:
+        """The checkpoint's rotation matrix for a layer; one tensor for all of them."""
+        if self.config.rotation != "qr":
+            return None
+        if qw.block not in self.matrices:
+            raise TqwError(
+                f"expected a tensor {STORED_MATRIX}.{qw.block} in the checkpoint, found none: download or quantize "
+                "the model again"
+            )
+        matrix = self.matrices[qw.block]
+        if matrix.device != device:
+            matrix = self.matrices[qw.block] = nn.Parameter(matrix.to(device), requires_grad=False)
+        return matrix
+
+
+# ---------------------------------------------------------------------------------------------------- the layers
+
+
+@register_weight_loader_v2_supported_method
+class TqwLinearMethod(LinearMethodBase):
+    """vLLM's linears, output embeddings and input embeddings, made of the stored layers `names`."""
+
+    def __init__(self, config: TqwConfig, names: list[str]) -> None:
+        self.config = config
+        self.rows = StackedRows(config.stored, names)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None],
+        **extra: Any,
+    ) -> None:
+        del input_size, output_size, params_dtype, extra
+        outputs = sum(output_partition_sizes)
+        classes = GroupQuantScaleParameter, RowvLLMParameter
+        self.rows.create(layer, outputs, input_size_per_partition, weight_loader, *classes)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """All tensors of the embedding, not only its codes."""
+        layer.__dict__["_tied_to"] = embed_tokens
+        self._share_parameters(layer, embed_tokens)
+        return layer
+
+    @staticmethod
+    def _share_parameters(layer: nn.Module, other: nn.Module) -> None:
+        for name, parameter in other._parameters.items():
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if "_tied_to" in layer.__dict__:  # comes after its embedding
+            self._share_parameters(layer, layer.__dict__["_tied_to"])
+        else:
+            self.rows.finish(layer, self.config.matrix)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.rows.linear(layer, x, bias)
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        return self.rows.embedding(layer, input_, layer.params_dtype)
+
+
+class ExpertsMethod(FusedMoEMethodBase):
+    """Routed experts, one expert at a time, behind one op. Names of parameters are vLLM's; layouts are the stored."""
+
+    def __init__(self, config: TqwConfig, name: str, layer: RoutedExperts) -> None:
+        super().__init__(layer.moe_config)
+        self.config, self.name = config, name
+        stored = config.stored[name]
+        if set(stored) != {"gate_up_proj", "down_proj"} or layer.moe_config.has_bias:
+            raise TqwError(
+                f"expected experts with gate_up_proj and down_proj and no biases, got {name}, which vLLM's plug-in of "
+                "tqw does not know: keep its experts dense with an override, or use transformers"
+            )
+        self.activation = layer.activation.value
+        if self.activation not in ACTIVATIONS or layer.swiglu_limit is not None or layer.apply_router_weight_on_input:
+            raise TqwError(
+                f"expected experts that gate with {', '.join(ACTIVATIONS)}, got {self.activation!r} (or a limit, or "
+                f"weights on the input) in {name}: keep its experts dense with an override, or use transformers"
+            )
+        self.up, self.down = stored["gate_up_proj"], stored["down_proj"]
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **extra: Any,
+    ) -> None:
+        del params_dtype, extra
+        middle = intermediate_size_per_partition
+        check_columns(f"{self.name}.down_proj", self.down, middle)
+        self._create(layer, _UP, self.up, num_experts, 2 * middle, hidden_size, weight_loader)
+        self._create(layer, _DOWN, self.down, num_experts, hidden_size, middle, weight_loader)
+
+    def _create(
+        self,
+        layer: RoutedExperts,
+        prefix: str,
+        qw: QuantizedWeight,
+        experts: int,
+        rows: int,
+        columns: int,
+        weight_loader: Callable[..., Any],
+    ) -> None:
+        def put(name: str, tensor: Tensor, **attributes: Any) -> None:
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, attributes)
+
+        grouped = {"weight_loader": weight_loader, "quant_method": FusedMoeWeightScaleSupported.GROUP.value}
+        start = layer.moe_config.tp_rank * columns if columns != qw.in_features else 0
+
+        def load_channel(param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+            del args, kwargs
+            param.data.copy_(loaded_weight[start : start + columns])
+            return True
+
+        for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
+            packed_name, scale_name, channel_name = parameter_names(prefix, index)
+            put(packed_name, unfilled(packed[:experts], rows, columns, qw), **grouped)
+            put(scale_name, unfilled(scale[:experts], rows, columns, qw), **grouped)
+            if index < len(qw.channel_scale):
+                put(channel_name, torch.empty(columns, dtype=torch.uint8), weight_loader=load_channel)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        del layer
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        for prefix, qw in ((_UP, self.up), (_DOWN, self.down)):
+            matrix = self.config.matrix(qw, layer.get_parameter(prefix).device)
+            if matrix is not None:
+                layer.register_parameter(f"{prefix}_{ROTATION_MATRIX}", matrix)
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        del shared_experts, shared_experts_input  # run by the caller
+        if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
+            topk_ids = layer.expert_map[topk_ids]
+        up, down = (attached(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
+        return routed_experts_op(x, topk_weights, topk_ids, up, down, self.activation)

