@@ -10,6 +10,7 @@ from conftest import tiny
 
 from tqw import cli, source
 from tqw.cli import main
+from tqw.pretrained import load
 
 
 @pytest.fixture
@@ -144,8 +145,21 @@ def test_a_target_of_bits_per_weight(model, capsys, calibrate, method):
     assert code == 0
 
 
+def test_refined_scales_reach_the_directory(model, capsys):
+    options = ("--bits", "3", "--group-size", "32", "--calibrate", "random")
+    for name, more in (("plain", ()), ("refined", ("--refine",))):
+        code, _, _ = run(capsys, "quantize", model / "float", "-o", model / name, *options, *more)
+        assert code == 0
+    code, _, _ = run(capsys, "verify", model / "refined")
+    assert code == 0
+    plain, refined = (dict(load(model / name).named_parameters()) for name in ("plain", "refined"))
+    scale = "model.layers.1.mlp.down_proj.weight_scale"
+    assert not torch.equal(plain[scale], refined[scale])
+    assert refined[scale].dtype == torch.float16
+
+
 def test_compare_takes_targets(model, capsys):
-    arguments = ("compare", model / "float", "--configs", "target=4.6,target=3.5:calibrate=none", "--text",
+    arguments = ("compare", model / "float", "--configs", "target=4.6,target=3.5:calibrate=none,4:refine=1", "--text",
                  model / "text.txt", "--context", "64", "--max-tokens", "128", "-o", model / "report",
                  "--group-size", "64", "--no-footprint", "--json")  # fmt: skip
     code, stdout, _ = run(capsys, *arguments)
@@ -161,6 +175,11 @@ def test_compare_takes_targets(model, capsys):
         (("quantize", "FLOAT", "-o", "x", "--target-bpw", "2.1"), "expected a target of 2"),
         (("quantize", "FLOAT", "-o", "x", "--target-bpw", "5", "--bits", "4+4"), "expected one pass with a target"),
         (("quantize", "FLOAT", "-o", "x", "--embedding", "auto"), "expected --target-bpw"),
+        (("quantize", "FLOAT", "-o", "x", "--refine", "--calibrate", "none"), "expected --calibrate self"),
+        (
+            ("compare", "FLOAT", "--configs", "4:refine=1:calibrate=none", "--text", "TEXT", "--context", "64"),
+            "refine=1",
+        ),
         (("compare", "FLOAT", "--configs", "target=x", "--text", "TEXT", "--context", "64"), "target=BPW"),
         (("quantize", "nowhere/at/all", "-o", "x"), "no such path"),
         (("quantize", "FLOAT", "-o", "x", "--bits", "7"), "bits as one of"),

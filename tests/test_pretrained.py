@@ -126,7 +126,7 @@ def test_resuming_with_other_settings_is_refused(saved, tmp_path):
 def test_calibration_choices(calibrate, saved, tmp_path):
     report = quantize_pretrained(str(saved("llama")), tmp_path / "out", calibrate=calibrate)
     errors = [record.relative_output_error for record in report.quantized]
-    assert all(e is None for e in errors) if calibrate == "none" else all(e is not None for e in errors)
+    assert all(error is not None for error in errors)  # for none, on what the weights tell of the inputs
 
 
 def test_plan_reads_no_weights(saved):

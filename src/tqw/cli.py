@@ -144,6 +144,9 @@ def quantize(
     target_bpw: Annotated[
         float | None, typer.Option(help="Choose each layer's width: at most so many bits per weight, scales included.")
     ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Fit the scales of each layer to the float layer's outputs: minutes more.")
+    ] = False,
     override: Annotated[list[str], typer.Option(help="REGEX=BITS or REGEX=skip, for modules whose name matches.")] = [],  # noqa: B006
     embedding: Annotated[
         str | None, typer.Option(help="Bits of the input embedding or auto; kept when absent.")
@@ -176,8 +179,8 @@ def quantize(
     start = time.perf_counter()
     with _progress() as progress:
         report = quantize_pretrained(
-            model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, device=device,
-            workers=workers, resume=resume, progress=progress,
+            model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, refine=refine,
+            device=device, workers=workers, resume=resume, progress=progress,
         )  # fmt: skip
     _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)

@@ -24,6 +24,7 @@ from tqw.evaluate import BASELINES, Quality, baseline_weights, evaluate, referen
 from tqw.footprint import footprint_in_subprocess
 from tqw.model import quantize_model, resolve
 from tqw.pretrained import calibration_ids, calibration_power, check_method, method_options, save, sensitivity_of
+from tqw.refine import refine as refine_scales
 from tqw.report import Row
 
 Progress = Callable[[str, int, int], None]
@@ -41,8 +42,9 @@ _OPTIONS = (
     "calibrate",
     "exponent",
     "method",
+    "refine",
 )
-_INTEGERS = ("seed", "group_size")
+_INTEGERS = ("seed", "group_size", "refine")
 _TARGET = "target="
 
 
@@ -56,6 +58,7 @@ class Recipe:
     exponent: float = 0.5
     method: str = "rtn"
     target_bpw: float | None = None
+    refine: bool = False
 
 
 def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> Recipe:
@@ -77,9 +80,12 @@ def parse_recipe(text: str, group_size: int = 128, calibrate: str = "self") -> R
         except ValueError:
             raise TqwError(f"expected a number for {key} in {text!r}, got {value!r}") from None
     calibrate, exponent, method = options.pop("calibrate"), options.pop("exponent"), options.pop("method")
+    refine = bool(options.pop("refine", 0))
     check_method(method)
+    if refine and calibrate == "none":
+        raise TqwError(f"expected calibrate=self, random or a text file with refine=1 in {text!r}, got none")
     config = QuantConfig(bits=bits, **options)  # type: ignore[arg-type]
-    return Recipe(text, config, calibrate, exponent, method, target)
+    return Recipe(text, config, calibrate, exponent, method, target, refine)
 
 
 def _target(bits: str, text: str) -> float:
@@ -140,7 +146,7 @@ class Comparison:
 
     def recipe_row(self, recipe: Recipe, keep: Path | None = None) -> Row:
         """Quantize a copy, save it (to `keep`, or to a temporary place), evaluate it, measure its footprint."""
-        ids, power = self._calibrate(recipe.calibrate, recipe.method)
+        ids, power = self._calibrate(recipe.calibrate, "gptq" if recipe.refine else recipe.method)
         model = copy.deepcopy(self.model)
         start = time.perf_counter()
         config = recipe.config
@@ -149,6 +155,8 @@ class Comparison:
             config = allocate_bits(model, recipe.target_bpw, config, sensitivity=sensitivity or None)
         options = {"exponent": recipe.exponent, **method_options(recipe.method, model, ids, power)}
         report = quantize_model(model, config, input_power=power or None, progress=self.progress, **options)
+        if recipe.refine and ids is not None:
+            refine_scales(model, self.model, ids, progress=self.progress)
         seconds = time.perf_counter() - start
         row = Row(recipe.label, report.bits_per_weight(), 0, report.relative_mse(), quantize_seconds=seconds)
         with tempfile.TemporaryDirectory() as temporary:

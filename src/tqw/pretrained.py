@@ -33,6 +33,7 @@ from tqw.model import (
 )
 from tqw.moments import LayerMoments
 from tqw.propagation import weight_only_power
+from tqw.refine import refine as refine_scales
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +62,7 @@ def quantize_pretrained(
     calibrate: str = "self",
     target_bpw: float | None = None,
     free: Collection[str] = (),
+    refine: bool = False,
     select: Select | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
@@ -73,22 +75,26 @@ def quantize_pretrained(
 
     method: rtn codes each weight by itself; gptq lets later columns make up for the errors of earlier ones, layer
     after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose each
-    layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). A run that
+    layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). refine: fit
+    the scales of each decoder layer to the float layer's outputs (tqw.refine), which takes minutes more. A run that
     stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
     """
     check_method(method)
+    if refine and calibrate == "none":
+        raise TqwError("expected --calibrate self, random or a text file with --refine, got none")
     config, out = config or QuantConfig(), Path(out)
     source = find(name)
     if is_quantized(source):
         raise TqwError(f"expected a float model, but {name} is quantized already: use the original, or `tqw export` it")
     settings = [source.fingerprint(), config.to_dict(), method, calibrate, str(dtype), shard_bytes, _version()]
-    settings += [target_bpw, sorted(free)]
+    settings += [target_bpw, sorted(free), refine]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     with CheckpointWriter(out, fingerprint, resume=resume, shard_bytes=shard_bytes) as writer:
         model, tokenizer = load_float(source, dtype, device), load_tokenizer(source)
         if source.gguf and name != DEMO:
             warnings.warn("GGUF weights are quantized already: their loss adds to ours", stacklevel=2)
-        ids = writer.cached(_IDS, lambda: _present(calibration_ids(model, tokenizer, calibrate, method, progress))).get(
+        size = "gptq" if refine else method
+        ids = writer.cached(_IDS, lambda: _present(calibration_ids(model, tokenizer, calibrate, size, progress))).get(
             _IDS
         )
         power = writer.cached(_POWER, lambda: calibration_power(model, ids, progress))
@@ -109,10 +115,17 @@ def quantize_pretrained(
             input_power=power or None,
             workers=workers,
             progress=progress,
-            on_module=write,
-            done=_done(writer) if method == "rtn" else None,  # gptq needs the layers before: it computes them again
+            on_module=None if refine else write,
+            # gptq and refinement need the layers before: they compute them again
+            done=_done(writer) if method == "rtn" and not refine else None,
             **method_options(method, model, ids, power),
         )
+        if refine:
+            assert ids is not None
+            refine_scales(model, load_float(source, dtype, device), ids, progress=progress)
+            for module_name, module in model.named_modules():
+                if isinstance(module, QUANTIZED_LAYERS) and not _is_tied_head(model, module):
+                    write(module_name, module, [])
         _write_rest(writer, model, report)
         _write_files(writer, model, report, tokenizer, source, calibrate)
         writer.commit()

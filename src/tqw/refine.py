@@ -23,7 +23,8 @@ from tqw.model import kind_of
 from tqw.moments import LayerInputs
 from tqw.weight import rotated_levels, untransform
 
-STEPS = 32
+STEPS = 24
+LENGTH = 128  # of each sequence: shorter steps, more of them
 RATE = 2e-3  # of log s: a scale moves by some percent
 
 Progress = Callable[[str, int, int], None]
@@ -99,9 +100,11 @@ def refine(
 ) -> None:
     """Refine the weight scales of `model`, quantized from `reference`, in place: same codes, same size, same speed.
 
-    ids: int64 [sequences, tokens]. Memory: both models, and one dense decoder layer in float32 with its gradients.
+    ids: int64 [sequences, tokens], of which the first 128 tokens are used. Memory: both models, and one dense decoder
+    layer in float32 with its gradients.
     Layers that are not QuantizedLinear (experts, embeddings) stay as they are.
     """
+    ids = ids[:, :LENGTH]
     ours, theirs = LayerInputs(model, ids), LayerInputs(reference, ids)
     for index in range(len(ours.layers)):
         before = list(theirs.hidden)
