@@ -19,7 +19,8 @@ ORDER = [
     "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
     "generate", "peers", "bench", "footprint", "report", "compare", "demo", "integrations",
     "integrations.lm_eval", "cli", "integrations.transformers", "registration",
-    "integrations.serving", "integrations.vllm_experts", "integrations.vllm_layers", "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",
+    "integrations.serving", "integrations.vllm_experts", "integrations.vllm_layers",
+    "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",
 ]  # fmt: skip
 
 
