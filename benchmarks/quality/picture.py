@@ -29,7 +29,11 @@ METHODS = {
     "torchao": ("torchao", "#b8860b", "*"),
     "bitsandbytes": ("bitsandbytes", "#000000", "x"),
 }
-HIDDEN = ("llama.cpp Q4_1", "tqw 4:calibrate=none")  # the source's own grid; a second point at the same size
+HIDDEN = (
+    "llama.cpp Q4_1",
+    "tqw 4:calibrate=none",
+    "tqw 4:method=gptq:calibrate=none",
+)  # the source's own grid; second points at the same size
 
 
 def method_of(config: str) -> str:

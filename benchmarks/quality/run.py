@@ -35,7 +35,10 @@ RESULT = HERE.parent / "results" / "quality_peers.json"
 CONTEXT = 1024
 SEQUENCES, LENGTH = 32, 256
 OURS = ("original", "4", "4:calibrate=none", "3", "5", "6", "8")
-FEEDBACK = ("4:method=gptq", "3:method=gptq", "5:method=gptq", "6:method=gptq")
+FEEDBACK = (
+    "4:method=gptq", "target=4.6:method=gptq", "4:method=gptq:calibrate=none",
+    "3:method=gptq", "5:method=gptq", "6:method=gptq",
+)  # fmt: skip
 PEERS = (  # names of peers.py, the telling ones first
     "bitsandbytes NF4", "sinq 4", "sinq 4 NF4", "hqq 4", "torchao intx 4",
     "llama.cpp Q4_K_M", "llama.cpp Q4_K_M imatrix", "llama.cpp IQ4_XS", "llama.cpp IQ4_XS imatrix",
