@@ -180,7 +180,7 @@ def say(text: str, shape: str, tokens: int) -> None:
     sys.stderr.write(f"{shape} {tokens}: {text}\n")
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     """Microseconds against tokens, one panel for each shape, one line for each method."""
     import matplotlib
 
@@ -188,17 +188,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "read_bandwidth"]
+    colours = {method: "black" if method == "torch_bfloat16" else f"C{i}" for i, method in enumerate(methods)}
     for axis, shape in zip(axes.flat, SHAPES, strict=True):
         here = [row for row in rows if row["shape"] == shape]
         for method in dict.fromkeys(row["method"] for row in here):
             points = [(row["tokens"], row["microseconds"]) for row in here if row["method"] == method]
-            style = {"tqw": "o-", "torch_bfloat16": "k--"}.get(method, ".-")
-            axis.plot(*zip(*points, strict=True), style, label=method, linewidth=2.5 if method == "tqw" else 1.2)
+            style = {"tqw": "o-", "torch_bfloat16": "--"}.get(method, ".-")
+            width = 2.5 if method == "tqw" else 1.2
+            axis.plot(*zip(*points, strict=True), style, color=colours[method], label=method, linewidth=width)
         axis.set(title=shape, xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
         axis.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle(f"y = x W^T, 4 bits, bf16 activations, {torch.cuda.get_device_name()}, cold L2")
+    axes.flat[-1].legend(fontsize=8)  # the shape that every method ran
+    figure.suptitle(f"y = x W^T, 4 bits, bf16 activations, {gpu}, cold L2")
     figure.savefig(path, dpi=110)
 
 
@@ -210,7 +213,7 @@ def main() -> None:
     result = document(rows)
     result["environment"] |= {"gpu": torch.cuda.get_device_name(), "peers_that_did_not_run": missing}
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, output.with_suffix(".png"))
+    draw(rows, result["environment"]["gpu"], output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
