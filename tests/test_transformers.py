@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import tiny, token_ids
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import tqw
 
@@ -105,7 +108,9 @@ def test_forgotten_import_is_an_error_and_never_random_weights(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "float")
     tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none")
     script = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path / 'out')!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}  # tqw's command line asks for less
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode != 0
     assert "mismatch" in result.stderr, result.stderr
     assert "Unknown quantization type, got tqw" in result.stderr, result.stderr
@@ -136,13 +141,14 @@ def test_a_newer_format_is_refused_at_load(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_an_old_transformers_is_named(tmp_path, monkeypatch):
-    tiny("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(transformers, "__version__", "5.15.2")
+def test_an_old_transformers_is_named(monkeypatch):
+    quantizer = AUTO_QUANTIZER_MAPPING["tqw"](tqw.TransformersConfig(bits=4))
+    seen = type(quantizer).validate_environment.__globals__
+    monkeypatch.setitem(seen, "transformers", SimpleNamespace(__version__="5.15.2"))
     with pytest.raises(
         tqw.TqwError, match=r"expected transformers >= 5\.16, got 5\.15\.2: pip install -U transformers"
     ):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=tqw.TransformersConfig(bits=4))
+        quantizer.validate_environment()
 
 
 def test_the_version_under_test_is_named():
