@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tqw.cli import _text
 from tqw.config import QuantConfig
 from tqw.evaluate import evaluate, reference_log_probabilities, windows
 from tqw.model import by_input, resolve
@@ -48,8 +49,6 @@ def sinkhorn(weights: list[Tensor], rounds: int = 24, damping: float = 0.8) -> T
 
 @torch.no_grad()
 def main() -> None:
-    from pydoc_data import topics
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=2048)
@@ -57,8 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = find(DEMO)
     model, tokenizer = load_float(source), load_tokenizer(source)
-    text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
-    ids = windows(tokenizer, text, 1024, arguments.max_tokens)
+    ids = windows(tokenizer, _text(None)[0], 1024, arguments.max_tokens)
     reference = reference_log_probabilities(model, ids)
     config = QuantConfig(group_size=64)
     moments = LayerMoments(model, calibration_ids(model, tokenizer, "self"))  # of the float model: nothing is replaced

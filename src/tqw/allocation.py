@@ -113,8 +113,7 @@ def _unit(
     shapes = [dense.shape for m in counted for dense in dense_weights(model.get_submodule(m.name), m.kind).values()]
     sizes = tuple(sum(empty_weight(s, config.with_bits(width)).nbytes() for s in shapes) for width in widths)
     weight = 1.0 if sensitivity is None else sum(sensitivity.get(m.name, 0.0) for m in members)
-    group = group_size(shapes[0][-1], config.group_size)
-    group = min(group, 1 << 12)
+    group = min(group_size(shapes[0][-1], config.group_size), 1 << 12)
     losses = (0.0,) if pinned else tuple(weight * _loss(width, group, config.scale) for (width,) in widths)
     return _Unit(tuple(m.name for m in members), widths, sum(s.numel() for s in shapes), sizes, losses)
 

@@ -188,3 +188,34 @@ class StackedRows:
 
     def embedding(self, layer: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return kernels.embedding(ids, kept_weight(layer, self.weight.rotation), dtype)
+
+
+class StackedLinear:
+    """An engine's method for linears, made of the stored layers `names`: to be mixed into the engine's base class."""
+
+    parameter_classes: tuple[type, type]  # the engine's, for [out, in] and for [in]
+
+    def __init__(self, config: Any, names: list[str]) -> None:
+        self.config = config
+        self.rows = StackedRows(config.stored, names)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None],
+        **extra: Any,
+    ) -> None:
+        del input_size, output_size, params_dtype, extra
+        outputs = sum(output_partition_sizes)
+        self.rows.create(layer, outputs, input_size_per_partition, weight_loader, *self.parameter_classes)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.rows.finish(layer, self.config.matrix)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.rows.linear(layer, x, bias)

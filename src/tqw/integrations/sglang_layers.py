@@ -7,7 +7,6 @@ embeddings, heads and experts are refused here with one sentence. Everything els
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from tqw.checkpoint import shard_files
 from tqw.config import QUANT_METHOD, QuantConfig, parse_bits
 from tqw.errors import TqwError
-from tqw.integrations.serving import BITS_OVERRIDE, StackedRows, Stored, first_passes, parts_of, stored_weights
+from tqw.integrations.serving import BITS_OVERRIDE, StackedLinear, Stored, first_passes, parts_of, stored_weights
 from tqw.pretrained import STORED_MATRIX
 from tqw.source import find
 from tqw.weight import QuantizedWeight
@@ -106,34 +105,10 @@ def _read_headers(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
     return headers, matrices
 
 
-class TqwSGLangLinearMethod(LinearMethodBase):
-    """SGLang's linears, made of the stored layers `names`."""
+class TqwSGLangLinearMethod(StackedLinear, LinearMethodBase):
+    """SGLang's linears."""
 
-    def __init__(self, config: SGLangConfig, names: list[str]) -> None:
-        self.config = config
-        self.rows = StackedRows(config.stored, names)
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        weight_loader: Callable[..., None],
-        **extra: Any,
-    ) -> None:
-        del input_size, output_size, params_dtype, extra
-        outputs = sum(output_partition_sizes)
-        classes = GroupQuantScaleParameter, RowvLLMParameter
-        self.rows.create(layer, outputs, input_size_per_partition, weight_loader, *classes)
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.rows.finish(layer, self.config.matrix)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.rows.linear(layer, x, bias)
+    parameter_classes = GroupQuantScaleParameter, RowvLLMParameter
 
 
 WEIGHT_LOADER_V2_SUPPORTED.append(TqwSGLangLinearMethod.__name__)

@@ -5,8 +5,6 @@ e = ids[t, k]; ids outside 0 <= e < experts (experts of another rank) add nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,14 +59,9 @@ def every_expert(
 @torch.library.impl("tqw::routed_experts", "CompositeExplicitAutograd")
 def _op(x: Tensor, weights: Tensor, ids: Tensor, *rest) -> Tensor:
     up_tensors, down_tensors, (rotation, activation) = rest[:4], rest[4:8], rest[8:]
-    up, down = (_weight(tensors, rotation) for tensors in (up_tensors, down_tensors))
+    up, down = (kernels.from_arguments(*tensors, rotation=rotation) for tensors in (up_tensors, down_tensors))
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return (every_expert if capturing else routed_experts)(x, weights, ids, up, down, activation)
-
-
-def _weight(tensors: Sequence, rotation: str) -> QuantizedWeight:
-    packed, scale, channel_scale, matrix = tensors
-    return QuantizedWeight(tuple(packed), tuple(scale), tuple(channel_scale), rotation, matrix)
 
 
 @torch.library.register_fake("tqw::routed_experts")

@@ -35,7 +35,7 @@ from tqw.config import QUANT_METHOD, QuantConfig, parse_bits
 from tqw.errors import TqwError
 from tqw.integrations.serving import (
     BITS_OVERRIDE,
-    StackedRows,
+    StackedLinear,
     Stored,
     check_columns,
     first_passes,
@@ -233,28 +233,10 @@ class TqwConfig(QuantizationConfig):
 
 
 @register_weight_loader_v2_supported_method
-class TqwLinearMethod(LinearMethodBase):
-    """vLLM's linears, output embeddings and input embeddings, made of the stored layers `names`."""
+class TqwLinearMethod(StackedLinear, LinearMethodBase):
+    """vLLM's linears, output embeddings and input embeddings."""
 
-    def __init__(self, config: TqwConfig, names: list[str]) -> None:
-        self.config = config
-        self.rows = StackedRows(config.stored, names)
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        weight_loader: Callable[..., None],
-        **extra: Any,
-    ) -> None:
-        del input_size, output_size, params_dtype, extra
-        outputs = sum(output_partition_sizes)
-        classes = GroupQuantScaleParameter, RowvLLMParameter
-        self.rows.create(layer, outputs, input_size_per_partition, weight_loader, *classes)
+    parameter_classes = GroupQuantScaleParameter, RowvLLMParameter
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """All tensors of the embedding, not only its codes."""
@@ -271,10 +253,7 @@ class TqwLinearMethod(LinearMethodBase):
         if "_tied_to" in layer.__dict__:  # comes after its embedding
             self._share_parameters(layer, layer.__dict__["_tied_to"])
         else:
-            self.rows.finish(layer, self.config.matrix)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.rows.linear(layer, x, bias)
+            super().process_weights_after_loading(layer)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return self.rows.embedding(layer, input_, layer.params_dtype)

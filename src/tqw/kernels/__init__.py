@@ -30,13 +30,14 @@ torch.library.define("tqw::linear_backward", f"(Tensor grad, {_WEIGHT_ARGS}) -> 
 torch.library.define("tqw::embedding", f"(Tensor ids, {_WEIGHT_ARGS}, ScalarType dtype) -> Tensor")
 
 
-def _weight(
+def from_arguments(
     packed: Sequence[Tensor],
     weight_scale: Sequence[Tensor],
     channel_scale: Sequence[Tensor],
     rotation_matrix: Tensor | None,
     rotation: str,
 ) -> QuantizedWeight:
+    """The weight that an op was given as `arguments`."""
     return QuantizedWeight(tuple(packed), tuple(weight_scale), tuple(channel_scale), rotation, rotation_matrix)
 
 
@@ -51,7 +52,7 @@ def _choose(x: Tensor, qw: QuantizedWeight) -> ModuleType:
 
 @torch.library.impl("tqw::linear", "CompositeExplicitAutograd")
 def _linear_op(x: Tensor, bias: Tensor | None, *tensors) -> Tensor:
-    qw = _weight(*tensors)
+    qw = from_arguments(*tensors)
     return _choose(x, qw).linear(x, qw, bias)
 
 
@@ -63,7 +64,7 @@ def _linear_fake(x: Tensor, bias: Tensor | None, packed: Sequence[Tensor], *rest
 
 @torch.library.impl("tqw::linear_backward", "CompositeExplicitAutograd")
 def _linear_backward_op(grad: Tensor, *tensors) -> Tensor:
-    return reference.linear_backward(grad, _weight(*tensors))
+    return reference.linear_backward(grad, from_arguments(*tensors))
 
 
 @torch.library.register_fake("tqw::linear_backward")
@@ -74,7 +75,7 @@ def _linear_backward_fake(grad: Tensor, packed, weight_scale, channel_scale, *re
 
 @torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
 def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
-    qw = _weight(packed, weight_scale, channel_scale, rotation_matrix, rotation)
+    qw = from_arguments(packed, weight_scale, channel_scale, rotation_matrix, rotation)
     if ids.is_cuda and cuda.supports_embedding(ids, qw, dtype) is None:
         return cuda.embedding(ids, qw, dtype)
     if ids.device.type == "cpu" and cpu.supports_rows(qw, dtype) is None:

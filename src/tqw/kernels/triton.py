@@ -97,10 +97,8 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
     if x.shape[0] == 0:
         return x.new_empty(shape)
-    if x.is_cuda and torch.cuda.current_device() != x.device.index:
-        with torch.cuda.device(x.device):
-            return _linear(x, qw, bias, settings(x.shape[0], x.dtype == torch.float32)).view(shape)
-    return _linear(x, qw, bias, settings(x.shape[0], x.dtype == torch.float32)).view(shape)
+    with torch.cuda.device_of(x):
+        return _linear(x, qw, bias, settings(x.shape[0], x.dtype == torch.float32)).view(shape)
 
 
 def _linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None, chosen: Settings) -> Tensor:
