@@ -23,6 +23,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
@@ -73,19 +74,31 @@ def rope(x: Tensor, positions: Tensor) -> Tensor:
 
 
 @torch.compile(dynamic=False)
-def attend_to_cache(qkv: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None, kv_heads: int) -> Tensor:
-    """One token of each sequence; the query heads that share a key head stand side by side as its queries."""
-    batch, _, heads, head = qkv.shape
-    q, k, v = qkv.split([heads - 2 * kv_heads, kv_heads, kv_heads], 2)
+def write_cache(qkv: Tensor, positions: Tensor, cache: Tensor, kv_heads: int) -> Tensor:
+    """Puts one token of each sequence into the cache: its query [batch, heads, 1, head]."""
+    q, k, v = qkv.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 2)
     cache[0].index_copy_(2, positions, rope(k, positions).transpose(1, 2))
     cache[1].index_copy_(2, positions, v.transpose(1, 2))
-    q = rope(q, positions).reshape(batch, kv_heads, -1, head)
-    if batch * kv_heads >= 64:  # enough for the library's kernel to fill the GPU
-        y = functional.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
-        return y.view(batch, -1, 1, head)
-    scores = (q @ cache[0].transpose(-1, -2)).float() / head**0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(qkv.dtype)
-    return (weights @ cache[1]).view(batch, -1, 1, head)
+    return rope(q, positions).transpose(1, 2)
+
+
+@torch.compile(dynamic=False)
+def attend_to_cache(q: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+    """softmax(q k / sqrt(head)) v over what is written; the keys are shared out among multiprocessors."""
+
+    def written(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head, query
+        return torch.where(key <= positions[0], score, -torch.inf)
+
+    return flex_attention(q, cache[0], cache[1], score_mod=written, enable_gqa=True)  # type: ignore[return-value]
+
+
+def check_attention() -> None:
+    q, cache = torch.randn(3, 8, 1, 128, device="cuda").half(), torch.randn(2, 3, 2, CACHE, 128, device="cuda").half()
+    y = attend_to_cache(q, torch.full((1,), START, device="cuda"), cache)
+    keys, values = cache[:, :, :, : START + 1].float().repeat_interleave(4, 2)
+    expected = (q.float() @ keys.mT / 128**0.5).softmax(-1) @ values
+    assert (y - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @torch.compile(dynamic=False)
@@ -119,7 +132,7 @@ class Layer(nn.Module):
         self.down = linear(shape.hidden, shape.intermediate, bits)
         self.norms = torch.ones(2, shape.hidden, device="cuda", dtype=torch.bfloat16)
 
-    def attend(self, x: Tensor, positions: Tensor, cache: Tensor | None, mask: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, positions: Tensor, cache: Tensor | None) -> Tensor:
         s = self.shape
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, -1, s.head)
@@ -128,12 +141,12 @@ class Layer(nn.Module):
             q, k = rope(q, positions).transpose(1, 2), rope(k, positions).transpose(1, 2)
             y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
         else:
-            y = attend_to_cache(qkv, positions, cache, mask, s.kv_heads)
+            y = attend_to_cache(write_cache(qkv, positions, cache, s.kv_heads), positions, cache)
         return self.o(y.transpose(1, 2).reshape(batch, tokens, -1))
 
-    def forward(self, x: Tensor, residual: Tensor, positions: Tensor, cache: Tensor | None, mask: Tensor | None):
+    def forward(self, x: Tensor, residual: Tensor, positions: Tensor, cache: Tensor | None):
         residual, x = add_and_norm(x, residual, self.norms[0])
-        x = self.attend(x, positions, cache, mask)
+        x = self.attend(x, positions, cache)
         residual, x = add_and_norm(x, residual, self.norms[1])
         return self.down(silu_and_multiply(self.gate_up(x))), residual
 
@@ -151,12 +164,12 @@ class Decoder(nn.Module):
             self.embedding.weight = table.weight
         self.norm = torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)
 
-    def forward(self, ids: Tensor, positions: Tensor, caches: list[Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, caches: list[Tensor] | None) -> Tensor:
         """Logits of the last token: [batch, vocabulary]."""
         x = self.embedding(ids)
         residual = torch.zeros_like(x)
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, positions, None if caches is None else caches[i], mask)
+            x, residual = layer(x, residual, positions, None if caches is None else caches[i])
         _, x = add_and_norm(x[:, -1], residual[:, -1], self.norm)
         return self.head(x)
 
@@ -179,10 +192,9 @@ def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
     caches = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(shape.layers)]
     ids = torch.randint(0, shape.vocabulary, (batch, 1), device="cuda")
     position = torch.full((1,), START, device="cuda")
-    places = torch.arange(CACHE, device="cuda")
 
     def step() -> None:
-        logits = model(ids, position, caches, (places <= position).view(1, 1, 1, -1))
+        logits = model(ids, position, caches)
         ids.copy_(logits.argmax(-1, keepdim=True))
         position.add_(1)
 
@@ -199,10 +211,10 @@ def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
 
 def prefill_graph_milliseconds(model: Decoder, ids: Tensor, positions: Tensor) -> float:
     """Prefill without the time that Python needs to launch it."""
-    model(ids, positions, None, None)
+    model(ids, positions, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(ids, positions, None, None)
+        model(ids, positions, None)
     return median_milliseconds(graph.replay, 9)
 
 
@@ -227,7 +239,7 @@ def measure(shape: Shape, bits: int | None) -> list[dict[str, Any]]:
     calls = {
         "decode, batch 1": (1, lambda: decode_milliseconds(model, shape, 1)),
         "decode, batch 16": (16, lambda: decode_milliseconds(model, shape, 16)),
-        "prefill, 2048 tokens": (PROMPT, lambda: median_milliseconds(lambda: model(ids, positions, None, None), 9)),
+        "prefill, 2048 tokens": (PROMPT, lambda: median_milliseconds(lambda: model(ids, positions, None), 9)),
         "prefill, 2048 tokens, CUDA graph": (PROMPT, lambda: prefill_graph_milliseconds(model, ids, positions)),
     }
     if bits:
@@ -251,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_model.json"))
     output = parser.parse_args().output
+    check_attention()
     rows = []
     for shape in SHAPES:
         rows += [row for bits in (None, 4) for row in measure(shape, bits)]

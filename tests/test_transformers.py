@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import tqw
+from tqw.pretrained import export
 
 ARCHITECTURES = ("llama", "tied", "odd", "gpt2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "hybrid", "vlm")
 
@@ -114,6 +115,44 @@ def test_forgotten_import_is_an_error_and_never_random_weights(tmp_path):
     assert result.returncode != 0
     assert "mismatch" in result.stderr, result.stderr
     assert "Unknown quantization type, got tqw" in result.stderr, result.stderr
+
+
+HIDE_TQW = (  # what a machine without the package answers
+    "import sys\n"
+    "class Hidden:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name == 'tqw': raise ModuleNotFoundError(\"No module named 'tqw'\", name='tqw')\n"
+    "sys.meta_path.insert(0, Hidden())\n"
+)
+
+
+def test_the_shim_replaces_the_import_and_says_what_to_install(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none", shim=True)
+    torch.save(logits(tqw.load(tmp_path / "out")), tmp_path / "logits.pt")
+    script = (
+        "import torch\nfrom transformers import AutoModelForCausalLM as A\n"
+        f"model = A.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True).eval()\n"
+        f"model.save_pretrained({str(tmp_path / 'again')!r})\n"
+        f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        f"assert torch.equal(model(torch.tensor({token_ids().tolist()})).logits, expected)"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+
+    result = run(script)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(logits(tqw.load(tmp_path / "again")), torch.load(tmp_path / "logits.pt"))
+    result = run(HIDE_TQW + script)
+    assert result.returncode != 0
+    assert "requires the following packages" in result.stderr, result.stderr
+    assert "pip install tqw" in result.stderr, result.stderr
+    export(tmp_path / "out", tmp_path / "dense")
+    assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

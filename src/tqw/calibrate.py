@@ -130,12 +130,12 @@ def self_generated(
     """Texts that the model samples from itself at temperature 1: int64 [sequences, length], the same at every run."""
     device = next(model.parameters()).device
     ids = torch.full((sequences, 1), first_token(model, tokenizer), device=device)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     past, step = None, ids
     for count in range(1, length):
         output = model(input_ids=step, past_key_values=past, use_cache=True)
-        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-        step = torch.multinomial(probabilities, 1, generator=generator).to(device)
+        probabilities = output.logits[:, -1].to(device).float().softmax(-1)
+        step = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, step], 1)
         past = output.past_key_values
         if progress is not None:

@@ -158,6 +158,9 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run with the same settings.")
     ] = False,
+    shim: Annotated[
+        bool, typer.Option("--shim", help="Add a file so that trust_remote_code=True replaces `import tqw`.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -180,7 +183,7 @@ def quantize(
     with _progress() as progress:
         report = quantize_pretrained(
             model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, refine=refine,
-            device=device, workers=workers, resume=resume, progress=progress,
+            device=device, workers=workers, resume=resume, shim=shim, progress=progress,
         )  # fmt: skip
     _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)

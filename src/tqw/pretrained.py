@@ -45,6 +45,22 @@ _GPTQ_SEQUENCES, _GPTQ_LENGTH = 32, 256
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".py")
 _WRITTEN_HERE = ("config.json", "generation_config.json", "README.md", REPORT)
 QUANTIZED_LAYERS = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
+SHIM = "tqw_shim"
+_SHIM_TEXT = '''"""trust_remote_code=True makes transformers import this file, and so tqw, before the weights."""
+
+import tqw  # pip install tqw
+from transformers import {config} as stock
+
+
+class {config}:
+    """Hands over transformers' own class, which registered itself would be saved as if it were custom code."""
+
+    from_pretrained = stock.from_pretrained
+
+    @staticmethod
+    def register_for_auto_class():
+        pass
+'''
 
 
 def _version() -> str:
@@ -69,6 +85,7 @@ def quantize_pretrained(
     workers: int = 1,
     resume: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    shim: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantize MODEL into the directory `out`: shards, config, tokenizer, report.
@@ -77,7 +94,8 @@ def quantize_pretrained(
     after layer: slower, better, the same format. calibrate: self | random | none | a text file. target_bpw: choose each
     layer's width within that many bits per weight, scales included (`allocate_bits`, which has `free`). refine: fit
     the scales of each decoder layer to the float layer's outputs (tqw.refine), which takes minutes more. A run that
-    stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete.
+    stops leaves `out`.partial, which resume=True continues; `out` appears only when it is complete. shim: add a file
+    of two imports, with which `from_pretrained(out, trust_remote_code=True)` needs no `import tqw`.
     """
     check_method(method)
     if refine and calibrate == "none":
@@ -127,7 +145,7 @@ def quantize_pretrained(
                 if isinstance(module, QUANTIZED_LAYERS) and not _is_tied_head(model, module):
                     write(module_name, module, [])
         _write_rest(writer, model, report)
-        _write_files(writer, model, report, tokenizer, source, calibrate)
+        _write_files(writer, model, report, tokenizer, source, calibrate, shim)
         writer.commit()
     return report
 
@@ -260,6 +278,7 @@ def _write_files(
     tokenizer: Any,
     source: Source | None,
     calibrate: str | None,
+    shim: bool = False,
 ) -> None:
     digests = writer.finish_shards()
     folder = writer.folder
@@ -271,6 +290,9 @@ def _write_files(
     config.architectures = [type(model).__name__]
     entry = config.to_dict()
     entry["quantization_config"] = report.config.to_dict()
+    if shim:
+        entry["auto_map"] = {"AutoConfig": f"{SHIM}.{type(config).__name__}"}
+        write_atomically(folder / f"{SHIM}.py", _SHIM_TEXT.format(config=type(config).__name__))
     write_atomically(folder / "config.json", json.dumps(entry, indent=2, default=str) + "\n")
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
@@ -314,6 +336,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
+def drop_shim(config: Any) -> None:
+    """Forget the shim, which is not written along when the model is saved again."""
+    if SHIM in str(getattr(config, "auto_map", "")):
+        del config.auto_map
+
+
 def empty_model(source: Source) -> nn.Module:
     """The dense model's modules with parameters on the meta device; buffers, which no checkpoint holds, are real."""
     import transformers
@@ -322,6 +350,7 @@ def empty_model(source: Source) -> nn.Module:
     config: Any = transformers.AutoConfig.from_pretrained(str(source.folder))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    drop_shim(config)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
     model.tie_weights()

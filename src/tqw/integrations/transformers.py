@@ -25,7 +25,14 @@ from tqw.config import FORMAT_VERSION, QUANT_METHOD, QuantConfig
 from tqw.errors import TqwError
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import empty_model_, quantize_model, share_inputs
-from tqw.pretrained import QUANTIZED_LAYERS, STORED_MATRIX, calibration_ids, calibration_power, stored_name
+from tqw.pretrained import (
+    QUANTIZED_LAYERS,
+    STORED_MATRIX,
+    calibration_ids,
+    calibration_power,
+    drop_shim,
+    stored_name,
+)
 
 _MATRIX_KEY = rf"{ROTATION_MATRIX}$"
 OLDEST = (5, 16)  # transformers whose hooks this file is written for
@@ -130,6 +137,7 @@ class TransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
         model._weight_conversions = []  # stored names are parameter names, experts included
+        drop_shim(model.config)
         if self.pre_quantized:
             for module in model.modules():
                 for key, matrix in list(module._parameters.items()):

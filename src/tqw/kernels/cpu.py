@@ -109,11 +109,9 @@ def _levels(bits: int) -> ctypes.Array[ctypes.c_int8]:
 
 
 class _Arguments:
-    """The C view of one weight. Kept with the QuantizedWeight and checked against its tensors' addresses."""
+    """The C view of one weight: addresses and sizes, no reference to the tensors."""
 
     def __init__(self, qw: QuantizedWeight) -> None:
-        self.tensors = _tensors(qw)
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         passes = [
             _Pass(packed.data_ptr(), scale.data_ptr(), qw.scale_of_pass(index).data_ptr(),
                   ctypes.addressof(_levels(bits)), bits)
@@ -127,8 +125,21 @@ class _Arguments:
         self.pointer = ctypes.addressof(self.weight)
         self.in_features, self.out_features = qw.in_features, qw.out_features
 
+
+class _Kept:
+    """The view that a QuantizedWeight keeps, valid while its tensors stay where they were."""
+
+    def __init__(self, tensors: list[Tensor], arguments: _Arguments) -> None:
+        self.tensors, self.arguments = tensors, arguments
+        self.addresses = [tensor.data_ptr() for tensor in tensors]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # addresses mean nothing in a copy or in another process
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MAX_VIEWS = 1 << 14
+_views: dict[tuple[Any, ...], _Arguments] = {}  # the torch op gets tensors anew at each call: found by where they lie
 
 
 def _tensors(qw: QuantizedWeight) -> list[Tensor]:
@@ -136,12 +147,9 @@ def _tensors(qw: QuantizedWeight) -> list[Tensor]:
     return [*qw.packed, *qw.weight_scale, *qw.channel_scale, *matrix]
 
 
-def _unsuitable(qw: QuantizedWeight) -> str | None:
-    tensors = _tensors(qw)
+def _unsuitable(qw: QuantizedWeight, tensors: list[Tensor]) -> str | None:
     if len(qw.packed) > _MAX_PASSES or qw.packed[0].ndim != 2:
         return f"expected a weight [out, in] of at most {_MAX_PASSES} passes"
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" for tensor in tensors):
-        return "expected plain tensors on the CPU"
     if not all(tensor.is_contiguous() for tensor in tensors):
         return "expected contiguous weights"
     if any(scale.dtype != torch.float16 for scale in qw.weight_scale):
@@ -152,14 +160,23 @@ def _unsuitable(qw: QuantizedWeight) -> str | None:
 
 
 def _arguments(qw: QuantizedWeight) -> _Arguments | str:
-    """The cached C view of `qw`, made anew when a tensor's memory has moved; or why there can be none."""
+    """The kept C view of `qw`, made anew when a tensor's memory has moved; or why there can be none."""
     kept = qw.__dict__.get("_cpu_arguments")
     if kept is not None and kept.addresses == [tensor.data_ptr() for tensor in kept.tensors]:
-        return kept
-    reason = _unsuitable(qw)
-    if reason is not None:
-        return reason
-    qw.__dict__["_cpu_arguments"] = made = _Arguments(qw)  # not a field: equality and replace() do not see it
+        return kept.arguments
+    tensors = _tensors(qw)
+    if not all(type(tensor) in _PLAIN and tensor.is_cpu for tensor in tensors):
+        return "expected plain tensors on the CPU"
+    place = (len(qw.packed), qw.rotation, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors])
+    made = _views.get(place)
+    if made is None:
+        reason = _unsuitable(qw, tensors)
+        if reason is not None:
+            return reason
+        if len(_views) >= _MAX_VIEWS:  # of weights long gone
+            _views.clear()
+        made = _views[place] = _Arguments(qw)
+    qw.__dict__["_cpu_arguments"] = _Kept(tensors, made)  # not a field: equality and replace() do not see it
     return made
 
 
