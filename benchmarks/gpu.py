@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,9 +133,23 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
         }  # fmt: skip
 
 
+def compile_all(shapes: Sequence[str]) -> None:
+    """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
+    device = cuda._device(torch.cuda.current_device())
+
+    def plan(shape: str, tokens: int) -> None:
+        out_features, in_features = bench.parse_shape(shape)
+        base = cuda.Variant((4,), in_features, GROUP, 128, 128, True, True, 2)
+        cuda._plan(base, tokens, out_features, device)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(plan, *zip(*product(shapes, TOKENS), strict=True)))
+
+
 @torch.inference_mode()
-def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """All rows, and why the peers that are missing are missing."""
+def measure(shapes: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], dict[str, str]]]:
+    """After each shape: all rows so far, and why the peers that are missing are missing."""
+    compile_all(shapes)
     limit = bench.read_bandwidth(torch.device("cuda"))
     rows: list[dict[str, Any]] = [
         {
@@ -141,7 +158,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
         }
     ]  # fmt: skip
     missing: dict[str, str] = {}
-    for shape in SHAPES:
+    for shape in shapes:
         out_features, in_features = bench.parse_shape(shape)
         weight = torch.randn(out_features, in_features, device="cuda") * 0.02
         qw = quantize(weight, QuantConfig(bits=4))
@@ -173,7 +190,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, str]]:
                 missing[prepare.__name__] = f"{type(error).__name__}: {str(error)[:300]}"
                 say(f"{prepare.__name__}: {missing[prepare.__name__]}", shape, 0)
             torch.cuda.empty_cache()
-    return rows, missing
+        yield rows, missing
 
 
 def say(text: str, shape: str, tokens: int) -> None:
@@ -208,12 +225,14 @@ def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_linear"))
-    output = parser.parse_args().output
-    rows, missing = measure()
-    result = document(rows)
-    result["environment"] |= {"gpu": torch.cuda.get_device_name(), "peers_that_did_not_run": missing}
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, result["environment"]["gpu"], output.with_suffix(".png"))
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="out x in, for example 4096x14336")
+    arguments = parser.parse_args()
+    output, gpu = arguments.output, torch.cuda.get_device_name()
+    for rows, missing in measure(arguments.shapes):
+        result = document(rows)
+        result["environment"] |= {"gpu": gpu, "peers_that_did_not_run": missing}
+        output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(rows, gpu, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -74,31 +74,50 @@ def rope(x: Tensor, positions: Tensor) -> Tensor:
 
 
 @torch.compile(dynamic=False)
-def write_cache(qkv: Tensor, positions: Tensor, cache: Tensor, kv_heads: int) -> Tensor:
-    """Puts one token of each sequence into the cache: its query [batch, heads, 1, head]."""
-    q, k, v = qkv.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 2)
-    cache[0].index_copy_(2, positions, rope(k, positions).transpose(1, 2))
-    cache[1].index_copy_(2, positions, v.transpose(1, 2))
-    return rope(q, positions).transpose(1, 2)
+def rotate_heads(qkv: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
+    """Queries and keys with their positions, values as they are: [batch, heads, tokens, head]."""
+    turned, v = qkv.split([qkv.shape[2] - kv_heads, kv_heads], 2)
+    return torch.cat([rope(turned, positions), v], 2).transpose(1, 2)
 
 
 @torch.compile(dynamic=False)
-def attend_to_cache(q: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-    """softmax(q k / sqrt(head)) v over what is written; the keys are shared out among multiprocessors."""
+def attend_by_products(q: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The query heads that share a key head stand side by side as its queries."""
+    batch, kv_heads, places, head = keys.shape
+    scores = (q.reshape(batch, kv_heads, -1, head) @ keys.mT).float() / head**0.5
+    unwritten = torch.arange(places, device=q.device) > positions
+    return (scores.masked_fill(unwritten, -torch.inf).softmax(-1).to(q.dtype) @ values).view(q.shape)
+
+
+@torch.compile(dynamic=False)
+def attend_by_blocks(q: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The keys are shared out among multiprocessors."""
 
     def written(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head, query
         return torch.where(key <= positions[0], score, -torch.inf)
 
-    return flex_attention(q, cache[0], cache[1], score_mod=written, enable_gqa=True)  # type: ignore[return-value]
+    return flex_attention(q, keys, values, score_mod=written, enable_gqa=True)  # type: ignore[return-value]
+
+
+def attend_to_cache(qkv: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+    """One token of each sequence, qkv [batch, heads, 1, head], with what the cache [batch, 2 kv_heads, ...] holds."""
+    kv_heads = cache.shape[1] // 2
+    q, kv = qkv[:, : -2 * kv_heads], qkv[:, -2 * kv_heads :]
+    cache.index_copy_(2, positions, kv)
+    attend = attend_by_blocks if cache.shape[0] * kv_heads >= 64 else attend_by_products  # whichever is faster
+    return attend(q, positions, *cache.chunk(2, 1))
 
 
 def check_attention() -> None:
-    q, cache = torch.randn(3, 8, 1, 128, device="cuda").half(), torch.randn(2, 3, 2, CACHE, 128, device="cuda").half()
-    y = attend_to_cache(q, torch.full((1,), START, device="cuda"), cache)
-    keys, values = cache[:, :, :, : START + 1].float().repeat_interleave(4, 2)
-    expected = (q.float() @ keys.mT / 128**0.5).softmax(-1) @ values
-    assert (y - expected).abs().max() < 1e-2 * expected.abs().max()
+    for batch in (1, 16):
+        qkv = torch.randn(batch, 32 + 16, 1, 128, device="cuda").half()
+        cache = torch.randn(batch, 16, CACHE, 128, device="cuda").half()
+        y = attend_to_cache(qkv, torch.full((1,), START, device="cuda"), cache)
+        assert torch.equal(cache[:, :, START], qkv[:, 32:, 0])
+        keys, values = cache[:, :, : START + 1].float().repeat_interleave(4, 1).chunk(2, 1)
+        expected = (qkv[:, :32].float() @ keys.mT / 128**0.5).softmax(-1) @ values
+        assert (y - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @torch.compile(dynamic=False)
@@ -121,7 +140,7 @@ def linear(out_features: int, in_features: int, bits: int | None) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """One decoder layer with its static cache [batch, kv_heads, CACHE, head]."""
+    """One decoder layer; its static cache is [batch, 2 kv_heads, CACHE, head]: keys, then values."""
 
     def __init__(self, shape: Shape, bits: int | None) -> None:
         super().__init__()
@@ -135,13 +154,12 @@ class Layer(nn.Module):
     def attend(self, x: Tensor, positions: Tensor, cache: Tensor | None) -> Tensor:
         s = self.shape
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, -1, s.head)
+        qkv = rotate_heads(self.qkv(x).view(batch, tokens, -1, s.head), positions, s.kv_heads)
         if cache is None:
-            q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], 2)
-            q, k = rope(q, positions).transpose(1, 2), rope(k, positions).transpose(1, 2)
-            y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+            q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], 1)
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = attend_to_cache(write_cache(qkv, positions, cache, s.kv_heads), positions, cache)
+            y = attend_to_cache(qkv, positions, cache)
         return self.o(y.transpose(1, 2).reshape(batch, tokens, -1))
 
     def forward(self, x: Tensor, residual: Tensor, positions: Tensor, cache: Tensor | None):
@@ -188,7 +206,7 @@ def median_milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
     """One step of all sequences: embedding to argmax, replayed as a CUDA graph that moves on by one token."""
-    size = (2, batch, shape.kv_heads, CACHE, shape.head)
+    size = (batch, 2 * shape.kv_heads, CACHE, shape.head)
     caches = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(shape.layers)]
     ids = torch.randint(0, shape.vocabulary, (batch, 1), device="cuda")
     position = torch.full((1,), START, device="cuda")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from conftest import tiny, token_ids
 
 from tqw import kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
+from tqw.model import quantize_model
 from tqw.weight import QuantizedWeight, dequantize, quantize
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -60,6 +64,19 @@ def test_widths_and_groups(bits, group_size):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("in_features", [576, 2560, 4096, 5504, 8192, 9728, 11008, 13824, 14336, 18944])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 40])
+def test_many_rows(in_features, tokens):
+    """Several strips for each CTA, among them widths whose tiles the warps cannot share evenly."""
+    qw = make(16 * 132 * 2 + 8, in_features, scale="norm")
+    x = torch.randn(tokens, in_features).cuda().half()
+    check(kernels.linear(x, qw, backend="cuda"), x, qw)
+    few = make(2 * 1056 + 16, in_features, bits="3+2", scale="norm")
+    check(kernels.linear(x, few, backend="cuda"), x, few)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
 @pytest.mark.parametrize("strategy", ["shared", "different", "alternating"])
 def test_rotations(rotation, strategy):
@@ -94,16 +111,103 @@ def test_compiles_without_a_gpu(arch):
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
-@pytest.mark.parametrize("tokens", [20, 60, 90, 128, 200, 256, 512])
-def test_middle_kernels_compile_without_spills(tokens):
+@pytest.mark.parametrize(
+    ("padded_in", "tokens"),
+    [(4096, t) for t in (20, 60, 90, 128, 200, 256, 512)] + [(14336, t) for t in (8, 16, 32, 64)],
+)
+def test_middle_kernels_compile_without_spills(padded_in, tokens):
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
-    base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2)
+    base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
     variant = cuda._middle_variant(base, tokens, 4096, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
     _, log = cuda.compile_with_log(variant.source(), "sm_90a")
     assert " 0 bytes spill stores, 0 bytes spill loads" in log
-    assert "wgmma" not in log  # the compiler says so where it has to serialise them
+    assert "wgmma" not in log, log  # the compiler says so where it has to serialise them
+
+
+def test_expert_kernel_compiles_without_spills():
+    base = cuda.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, cluster=2, experts=True)
+    _, log = cuda.compile_with_log(base.source(), "sm_90a")
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
+
+
+def stack(out_features: int, in_features: int, experts: int = 5, **settings) -> QuantizedWeight:
+    weight = torch.randn(experts, out_features, in_features, generator=torch.Generator().manual_seed(1)) * 0.05
+    return quantize(weight.cuda(), QuantConfig(**settings))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_thread_that_has_not_used_the_gpu():
+    """Kernels already loaded, memory already in torch's cache: nothing else gives the thread a context."""
+    qw = make(40, 256)
+    x = torch.randn(3, 256).cuda().half()
+    kernels.linear(x, qw, backend="cuda")
+    for tokens in (3, 40):  # 40: compiled in the thread
+        x = torch.randn(tokens, 256).cuda().half()
+        with ThreadPoolExecutor(1) as pool:
+            check(pool.submit(kernels.linear, x, qw, backend="cuda").result(), x, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["2", "3", "4", "6", "4+4"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 512), (17, 128), (8, 96), (2048, 5504)])
+@pytest.mark.parametrize("dtype", list(ROUND_OFF))
+def test_experts_are_the_dense_experts(bits, out_features, in_features, dtype):
+    qw = stack(out_features, in_features, bits=bits)
+    ids = torch.tensor([[0, 4], [3, 3], [-1, 1], [2, 5], [1, 0]]).cuda()  # -1 and 5: another rank's
+    x, bias = torch.randn(5, in_features).cuda().to(dtype), torch.randn(5, out_features).cuda().to(dtype)
+    y = kernels.experts(x, qw, ids, bias)
+    assert y is not None
+    assert y.isfinite().all()
+    for token, choices in enumerate(ids.tolist()):
+        for choice, expert in enumerate(choices):
+            if 0 <= expert < 5:
+                check(y[token, choice][None], x[token][None], qw[expert], bias[expert])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_of_experts_follows_the_ids():
+    """More pairs than one launch is meant for: in a capture there is no other way."""
+    qw, ids = stack(64, 256), torch.zeros(30, 2, dtype=torch.int64).cuda()
+    x = torch.randn(30, 256).cuda().half()
+    kernels.experts(x[:1], qw, ids[:1])
+    assert kernels.experts(x, qw, ids) is None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.experts(x, qw, ids)
+    assert y is not None
+    ids.copy_(torch.randint(0, 5, (30, 2)))
+    y.fill_(float("nan"))
+    graph.replay()
+    for expert in range(5):
+        tokens, choices = torch.where(ids == expert)
+        check(y[tokens, choices][:16], x[tokens][:16], qw[expert])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_mixture_by_one_kernel_is_the_mixture_by_expert(monkeypatch, name):
+    """Both round activations to at most 2^-16 of a tile; the outputs, to fp16 twice in each of two layers."""
+    model = quantize_model_of(name)
+    ids = token_ids(1, 3).cuda()
+    asked = []
+    original = cuda.experts
+    monkeypatch.setattr(cuda, "experts", lambda *args: asked.append(1) or original(*args))
+    together = model(ids).logits
+    assert len(asked) == 4  # two layers, two projections
+    monkeypatch.setattr(kernels, "experts", lambda *args: None)
+    torch.testing.assert_close(together, model(ids).logits, rtol=2e-2, atol=2e-3)
+
+
+def quantize_model_of(name: str) -> torch.nn.Module:
+    model = tiny(name).cuda().half()
+    quantize_model(model, QuantConfig(bits=4, group_size=32))
+    return model.requires_grad_(False).eval()
 
 
 def test_says_why_not_without_a_gpu():

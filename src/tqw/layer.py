@@ -221,6 +221,12 @@ def routed_tokens(top_k_index: Tensor, experts: int) -> Iterable[tuple[int, Tens
             yield expert, tokens, positions
 
 
+def sum_of_choices(y: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """sum_k weights[t, k] y[t, k] over the experts that exist: [tokens, choices, out] -> float32 [tokens, out]."""
+    present = ((ids >= 0) & (ids < experts))[..., None]
+    return torch.where(present, y * weights[..., None], 0).sum(1, dtype=torch.float32)
+
+
 class QuantizedExperts(nn.Module):
     """Fused experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(gate(up_e(x_t))).
 
@@ -258,7 +264,27 @@ class QuantizedExperts(nn.Module):
         bias = getattr(self, f"{name}_bias")
         return kernels.linear(x, self.quantized_weight(name)[expert], None if bias is None else bias[expert])
 
+    def _project_pairs(self, x: Tensor, name: str, ids: Tensor) -> Tensor | None:
+        return kernels.experts(x, self.quantized_weight(name), ids, getattr(self, f"{name}_bias"))
+
+    def _by_pairs(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """`forward` by two kernels in all, where there are such; nothing on the host depends on the ids."""
+        up, down = self.projections
+        projected = self._project_pairs(x, up, ids)
+        if projected is None:
+            return None
+        y = self._project_pairs(gate(self, projected.flatten(0, 1)), down, ids.reshape(-1, 1))
+        if y is None:
+            return None
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)  # type: ignore[operator]
+        return sum_of_choices(y.view(*ids.shape, -1), ids, weights, self.num_experts).to(x.dtype)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hidden_states.is_cuda and kernels.plain_eager(hidden_states, None):
+            together = self._by_pairs(hidden_states, top_k_index, top_k_weights)
+            if together is not None:
+                return together
         up, down = self.projections
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert, tokens, positions in routed_tokens(top_k_index, self.num_experts):

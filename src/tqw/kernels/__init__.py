@@ -149,6 +149,14 @@ def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch.ops.tqw.embedding(ids, *arguments(qw), dtype)
 
 
+def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """y[t, k] = linear(x_t, qw[e], bias[e]), e = ids[t, k], by one kernel; None where no backend has one for this call.
+
+    x: [tokens, in]; qw: [experts, out, in]; ids: integer [tokens, choices]; returns [tokens, choices, out].
+    """
+    return cuda.experts(x, qw, ids, bias) if x.is_cuda and cuda.supports_experts(x, qw, ids, bias) is None else None
+
+
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`weight.dequantize` by the fastest backend: dense [..., out, in] in `dtype`."""
     if cpu.supports_rows(qw, dtype) is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -37,6 +38,7 @@ _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
 )  # of the dense slice; smaller ones stay in the L2 cache but leave the last wave of a product thin
+_PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one launch; with more, each expert's product comes cheaper
 _FP8_TOKENS = 384  # with fp8 activations: from here on the library's product wins (H100)
 
 
@@ -60,6 +62,8 @@ class _Params(ctypes.Structure):
         ("in_", ctypes.c_int),
         ("vectors", ctypes.c_int),
         ("batch", ctypes.c_int),
+        ("experts", ctypes.c_int),
+        ("choices", ctypes.c_int),
     ]
 
 
@@ -82,11 +86,13 @@ class Variant:
     ring: int = 1
     min_ctas: int = 1
     small: bool = False
+    experts: bool = False
     fp8: bool = False
     columns: int = 0  # of middle.cu; 0: not part of the module
     warpgroups: int = 1
     split: int = 1
     stages: int = 4
+    spread: int = 1
 
     def source(self) -> str:
         macros = {
@@ -96,13 +102,14 @@ class Variant:
             "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
             "CLUSTER": self.cluster, "WARPS": self.warps,
             "TURNS": -(-self.padded_in // self.tile // self.warps), "RING": self.ring, "MIN_CTAS": self.min_ctas,
-            "SMALL": int(self.small),
+            "SMALL": int(self.small), "EXPERTS": int(self.experts),
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         files = ["linear.cu"]
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "SPLIT": self.split, "STAGES": self.stages,
+                "SPREAD": self.spread,
                 **_wgmma(self.columns),
             }  # fmt: skip
             files.append("middle.cu")
@@ -232,12 +239,27 @@ def _device(index: int) -> _Device:
     )
 
 
+_thread = threading.local()
+
+
+def _enter(index: int) -> None:
+    """A thread that has not yet used CUDA has no context: give it torch's, which the driver's functions need."""
+    if getattr(_thread, "entered", False):
+        return
+    driver = import_module("cuda.bindings.driver")
+    if int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")) == 0:
+        device = _checked(driver.cuDeviceGet(index), "cuDeviceGet")
+        context = _checked(driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
+        _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    _thread.entered = True
+
+
 @lru_cache(maxsize=512)
 def _function(variant: Variant, name: str, device: _Device) -> Any:
     """The loaded kernel. Loading is allowed while another thread captures a graph."""
     driver = import_module("cuda.bindings.driver")
     with torch.cuda.device(device.index):
-        torch.cuda.current_stream()  # makes sure that torch's context is current
+        _enter(device.index)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         mode = _checked(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
         try:
@@ -347,6 +369,7 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
     """Everything that the weight decides; in_features: of the x that the kernel reads (padded for `qr`)."""
     params = _Params(out=qw.out_features, in_=in_features, channel=qw.channel_scale[0].data_ptr())
+    params.experts = qw.packed[0].shape[0] if qw.packed[0].ndim == 3 else 0
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         params.packed[index], params.scale[index] = packed.data_ptr(), scale.data_ptr()
     return params
@@ -376,8 +399,11 @@ def _warps(tiles: int) -> int:
     return min(turns, key=lambda w: turns[w] * w / tiles + 0.01 * abs(w - 16) + 0.05 * (turns[w] % 2))
 
 
-def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
-    """The decode kernel for a few tokens; None: the transformed tokens do not fit. Measured on one H100."""
+def _decode_plan(base: Variant, tokens: int, out: int, device: _Device, pairs: int = 1) -> _Plan | None:
+    """The decode kernel for a few tokens; None: the transformed tokens do not fit. Measured on one H100.
+
+    pairs: so many times one token, each with an expert of its own.
+    """
     tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
     warps, items = _warps(tiles), -(-base.padded_in // 256) * tokens
     deep = strips > 6 * device.multiprocessors or (tokens > 2 and tiles <= 64)
@@ -391,12 +417,13 @@ def _decode_plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan
         small=out < 16,
     )
     cluster, function = variant.cluster, _function(variant, "tqw_decode", device)
-    grid = min(-(-strips // cluster) * cluster, _resident(function, 32 * warps, cluster, device))
+    resident = max(cluster, _resident(function, 32 * warps, cluster, device) // pairs // cluster * cluster)
+    grid = min(-(-strips // cluster) * cluster, resident)
     batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
     if batch is None:
         return None
     shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(function, (grid, 1), 32 * warps, shared, device, cluster)
+    decode = _Launch(function, (grid, pairs), 32 * warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
     transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
@@ -428,6 +455,9 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     units, most_split = device.multiprocessors, max(1, base.padded_in // 256)
+    wide = base.padded_in > 8192
+    if wide and tokens <= 128:
+        base = replace(base, spread=8)
     blocks = -(-tokens // 256)
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
     few = blocks == 1 and groups * 2 <= units
@@ -442,6 +472,10 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     def split(rows: int, ctas: float) -> int:
         return next(s for s in (8, 4, 2, 1) if s == 1 or (groups // rows * s <= ctas and s <= most_split))
 
+    if wide and tokens <= 32 and split(1, 4 * units) == 8:  # T(x) is read by many: no more of it than there is
+        return replace(base, columns=next(c for c in (8, 16, 32) if c >= tokens), split=8)
+    if columns == 64 and few and most_split > 1:
+        return replace(base, columns=64, split=2, stages=8)
     if columns <= 64 and split(1, 2 * units) >= 4:
         return replace(base, columns=64, warpgroups=1, split=split(1, 2 * units), stages=4)
     if columns <= 64:
@@ -460,10 +494,17 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
     blocks = -(-tokens // variant.columns)
     grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
-    spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
+    ctas = variant.spread
+    spread = _Launch(_function(variant, "tqw_spread", device), (tokens * ctas, 1), 256, 0, device, ctas)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     product = _Launch(function, grid, threads, variant.ring_bytes(), device, variant.split)
     return _Plan(2 * blocks * variant.columns * variant.padded_in, tokens, (spread, product))
+
+
+@lru_cache(maxsize=4096)
+def _expert_plan(base: Variant, pairs: int, out: int, device: _Device) -> _Plan | None:
+    """One launch for `pairs` tokens, each with an expert of its own; None: not even one token fits."""
+    return _decode_plan(replace(base, experts=True), 1, out, device, pairs)
 
 
 @lru_cache(maxsize=4096)
@@ -493,8 +534,8 @@ class _Ready:
             self.plans[tokens] = _plan(self.base, tokens, self.out, self.device)
         return self.plans[tokens]
 
-    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, plan: _Plan) -> None:
-        """y = T(x) V^T + b for [tokens, in] -> [tokens, out]."""
+    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, plan: _Plan, ids: Tensor | None = None) -> None:
+        """y = T(x) V^T + b for [tokens, in] -> [tokens, out]; with ids [pairs] by the experts that these name."""
         params = _Params.from_buffer_copy(self.params)  # threads share self
         params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
         params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
@@ -504,6 +545,8 @@ class _Ready:
             or params.channel % 8
             or (self.in_features % 8 and self.in_features < self.padded)
         )
+        if ids is not None:
+            params.ids, params.tokens, params.choices = ids.data_ptr(), 1, ids.numel() // x.shape[0]
         scratch = None  # T(x), alive until the launch
         if plan.plane_bytes:
             scratch = torch.empty(plan.plane_bytes + 4 * plan.scale_count, dtype=torch.uint8, device=x.device)
@@ -518,6 +561,7 @@ _READY: dict[tuple, _Ready] = {}
 
 def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
     """The prepared weight. The key holds all that it was made from, so reused memory cannot make it wrong."""
+    _enter(x.device.index)
     tensors = (*qw.packed, *qw.weight_scale, *qw.channel_scale)
     key = (x.dtype, x.shape[1], x.device.index, qw.rotation, *[(t.data_ptr(), t.shape) for t in tensors])
     ready = _READY.get(key)
@@ -665,6 +709,44 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         return product(x, qw, bias).view(shape)
     with torch.cuda.device(x.device):
         return product(x, qw, bias).view(shape)
+
+
+def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[t, k] = T(x_t) V_e^T + b_e, e = ids[t, k]: [tokens, in] -> [tokens, choices, out], in the dtype of x.
+
+    qw: stacked [experts, out, in]; bias: [experts, out] or None. One launch, in which every pair reads its expert's
+    codes: for a few tokens. Nothing waits for the ids, so a CUDA graph can hold it. Ids out of range: any finite y.
+    """
+    x = x if x.stride(1) == 1 else x.contiguous()
+    ids = ids.to(torch.int64).contiguous()
+    y = torch.empty(*ids.shape, qw.out_features, dtype=x.dtype, device=x.device)
+    if ids.numel():
+        with torch.cuda.device(x.device):
+            ready = _ready(qw, x)
+            plan = _expert_plan(ready.base, ids.numel(), ready.out, ready.device)
+            assert plan is not None, "supports_experts has seen one"
+            ready.run(x, y, bias if bias is None else bias.contiguous(), plan, ids)
+    return y
+
+
+def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> str | None:
+    """None, or why `experts` cannot compute this call or is not meant for it."""
+    if not qw.shares_rotation or qw.rotation == "qr":
+        return "its passes have different rotations or a stored matrix"
+    count = qw.packed[0].shape[0]
+    if ids.numel() > _PAIRS_PER_EXPERT * count and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return f"{ids.numel()} pairs for {count} experts: a product for each expert is faster"
+    if any(packed[0].numel() % 16 for packed in qw.packed):
+        return "an expert's codes do not start at a multiple of 16 bytes"
+    if bias is not None and bias.dtype != x.dtype:
+        return f"the bias is {bias.dtype}, x {x.dtype}"
+    reason = supports(x, qw[0])
+    if reason is not None:
+        return reason
+    variant, device = _variant(qw, x.dtype), _device(x.device.index)
+    with torch.cuda.device(x.device):
+        plan = _expert_plan(variant, ids.numel(), qw.out_features, device) if ids.numel() else None
+    return None if plan is not None or not ids.numel() else "one token's inputs do not fit in shared memory"
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:

@@ -23,6 +23,7 @@
 // RING               tiles whose codes a warp has on their way: divides TURNS or is 1 to 4 times TURNS
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
+// EXPERTS            1: row blockIdx.y of y is one token by expert ids[blockIdx.y] of stacked weights (decode)
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -43,6 +44,7 @@ struct Params {
   i64 x_stride;
   i64 first_row;        // dequantize: first row of the slice
   int tokens, out, in, vectors, batch;
+  int experts, choices;  // EXPERTS: weights stacked in `packed`, rows of y for each row of x
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -514,7 +516,31 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds
 // up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way, in registers, so the
 // memory never waits for a barrier.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params p) {
+#if EXPERTS
+// The parameters of row blockIdx.y: those of one token and one expert.
+__device__ __forceinline__ Params of_expert(const Params& all) {
+  constexpr int SIZE = X_TYPE == 0 ? 4 : 2;
+  Params p = all;
+  i64 pair = blockIdx.y, expert = min(max(all.ids[pair], (i64)0), (i64)all.experts - 1), rows = expert * all.out;
+#pragma unroll
+  for (int i = 0; i < PASSES; i++) {
+    p.packed[i] = all.packed[i] + rows * (IN_PADDED / 8 * WIDTHS[i]);
+    p.scale[i] = all.scale[i] + rows * GROUPS;
+  }
+  p.x = (const u8*)all.x + pair / all.choices * all.x_stride * SIZE;
+  p.y = (u8*)all.y + pair * all.out * SIZE;
+  if (all.bias) p.bias = (const u8*)all.bias + rows * SIZE;
+  return p;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params given) {
+#if EXPERTS
+  wait_for_previous_kernel();  // it may have chosen the experts
+  const Params p = of_expert(given);
+#else
+  const Params& p = given;
+#endif
   extern __shared__ __align__(16) u8 shared[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   float* sums = (float*)shared;
@@ -582,15 +608,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
+      Unit& unit = mine[turn % RING];
       if (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES) {
         const u8* at[NT];
         float x_scale[NT];
 #pragma unroll
         for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
-        Unit& unit = mine[turn % RING];
         multiply_pass<0>(unit, at, x_scale, total);
-        fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
       }
+      fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
     }
     float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll

@@ -9,6 +9,7 @@
 //
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
+// SPREAD     CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
 // WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
 
 static_assert(TILE == 128, "a stage is 128 inputs");
@@ -31,21 +32,36 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
 
+#if SPLIT > 1 || SPREAD > 1
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  return address;
+}
+#endif
+
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  __shared__ float most_of_warp[8];
-  constexpr int ROUNDS = (IN_PADDED + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
-  int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  __shared__ float most_of_warp[8], most_of_cta[SPREAD];
+  constexpr int STRIDE = 2048 * SPREAD, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE;
+  constexpr int KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
+  int token = blockIdx.x / SPREAD, rank = blockIdx.x % SPREAD, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int first = rank * 2048 + threadIdx.x * 8;
   allow_next_kernel();
+#if SPREAD > 1
+  cluster_arrive();  // all have begun before one writes to another
+#endif
   float a[KEPT][8], v[KEPT][8], most = 0.f;
 #if SCALED
 #pragma unroll
-  for (int r = 0; r < KEPT; r++) channel_scales(p, r * 2048 + threadIdx.x * 8, a[r]);
+  for (int r = 0; r < KEPT; r++) channel_scales(p, r * STRIDE + first, a[r]);
 #endif
   wait_for_previous_kernel();
 #pragma unroll
   for (int r = 0; r < KEPT; r++) {
-    load_inputs(p, token * p.x_stride, r * 2048 + threadIdx.x * 8, v[r]);
+    load_inputs(p, token * p.x_stride, r * STRIDE + first, v[r]);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (SCALED) v[r][i] *= a[r][i];
@@ -55,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 #pragma unroll 1
   for (int r = KEPT; r < ROUNDS; r++) {
     float w[8];
-    scaled_inputs(p, token, r * 2048 + threadIdx.x * 8, w);
+    scaled_inputs(p, token, r * STRIDE + first, w);
 #pragma unroll
     for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(w[i]));
   }
@@ -65,12 +81,23 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+#if SPREAD > 1
+  cluster_wait();
+  if (threadIdx.x < SPREAD)
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_of_rank(most_of_cta + rank, threadIdx.x)), "f"(most)
+                 : "memory");
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+#pragma unroll
+  for (int r = 0; r < SPREAD; r++) most = max_or_nan(most, most_of_cta[r]);
+#endif
   // |T(x)| <= sqrt(128) most < 23 * 2^e: below 2^15 after the division
   float scale = most > 0.f ? __uint_as_float(__float_as_uint(most) & 0x7F800000u) * 0x1p-10f : 1.f;
   if (!(most < 3e38f)) scale = most - most;  // NaN for NaN and Inf: every output of the token is NaN
   if (scale < 0x1p-120f) scale = 0x1p-120f;
   float inverse = 1.f / scale;
-  if (threadIdx.x == 0) p.plane_scale[token] = scale;
+  if (rank == 0 && threadIdx.x == 0) p.plane_scale[token] = scale;
   auto store = [&](float (&values)[8], int k) {
 #if ROTATE
     hadamard(values, lane);
@@ -81,12 +108,12 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     spread_store(p, token, k, values);
   };
 #pragma unroll
-  for (int r = 0; r < KEPT; r++) store(v[r], r * 2048 + threadIdx.x * 8);
+  for (int r = 0; r < KEPT; r++) store(v[r], r * STRIDE + first);
 #pragma unroll 1
   for (int r = KEPT; r < ROUNDS; r++) {
     float w[8];
-    scaled_inputs(p, token, r * 2048 + threadIdx.x * 8, w);
-    store(w, r * 2048 + threadIdx.x * 8);
+    scaled_inputs(p, token, r * STRIDE + first, w);
+    store(w, r * STRIDE + first);
   }
 }
 
@@ -173,21 +200,14 @@ __device__ __forceinline__ void multiply_half(const Unit& unit, int half, u64 b,
   }
 }
 
-#if SPLIT > 1
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-#endif
-
 // Four neighbouring sums, of all CTAs of the cluster.
 __device__ __forceinline__ void read_sums(const float* mine, float* value) {
 #if SPLIT > 1
   value[0] = value[1] = value[2] = value[3] = 0.f;
 #pragma unroll
   for (int rank = 0; rank < SPLIT; rank++) {
-    u32 address;
+    u32 address = address_of_rank(mine, rank);
     float4 f;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
                  : "r"(address)
@@ -276,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   for (int i = 0; i < COLUMNS / 2; i++)
     sums[(i / 4 * 8 + 2 * t + i % 2) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = d[i];
 #if SPLIT > 1
-  cluster_barrier();
+  cluster_arrive();
+  cluster_wait();
 #else
   __syncthreads();
 #endif
@@ -299,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     }
   }
 #if SPLIT > 1
-  cluster_barrier();  // no CTA leaves while another still reads its sums
+  cluster_arrive();  // no CTA leaves while another still reads its sums
+  cluster_wait();
 #endif
 }
