@@ -32,7 +32,7 @@ test-arm:
 	qemu-aarch64 -cpu cortex-a53 build/cases-arm
 
 # The transformers plug-in with the oldest supported transformers, the last of its first hook generation, and the newest.
-MATRIX := 5.16.1 5.20.0
+MATRIX := 5.16.1 5.20.2 5.24.0
 test-matrix: $(VENV)/ready
 	for version in $(MATRIX); do \
 	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \

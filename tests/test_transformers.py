@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -193,3 +195,73 @@ def test_an_old_transformers_is_named(monkeypatch):
 def test_the_version_under_test_is_named():
     """The matrix greps for this line."""
     print(f"transformers {transformers.__version__}")  # noqa: T201
+
+
+def _on_two_ranks(rank: int, folder: str) -> None:
+    from transformers.distributed import DistributedConfig
+
+    torch.set_num_threads(1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ[name] = str(value)
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(folder, "out"), distributed_config=DistributedConfig(tp_size=2)
+        )
+    except tqw.TqwError as error:
+        Path(folder, f"error{rank}").write_text(str(error))
+        return
+    down = next(module for key, module in model.named_modules() if key.endswith("layers.0.self_attn.o_proj"))
+    local = {key: tuple(getattr(p, "_local_tensor", p).shape) for key, p in down.named_parameters()}
+    torch.save({"logits": logits(model.eval()), "local": local}, Path(folder, f"rank{rank}.pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def two_ranks(folder: Path, width: int, settings: dict, name: str = "llama") -> torch.Tensor:
+    """Quantizes a model of that width into folder/out and loads it on two ranks; returns the logits of one process."""
+    config = tiny(name).config
+    config.hidden_size, config.intermediate_size, config.head_dim = width, 2 * width, width // 4
+    type_of = {"llama": transformers.LlamaForCausalLM, "mixtral": transformers.MixtralForCausalLM}[name]
+    torch.manual_seed(0)
+    dense = type_of(config).eval()
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    dense.save_pretrained(folder / "float")
+    tqw.quantize_pretrained(str(folder / "float"), folder / "out", tqw.QuantConfig(**settings), calibrate="none")
+    (folder / "port").write_text(str(free_port()))
+    torch.multiprocessing.spawn(_on_two_ranks, (str(folder),), nprocs=2)
+    return logits(tqw.load(folder / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"bits": "4"}),
+        ("llama", {"bits": "3+2", "rotation_strategy": "different", "embedding": 8, "lm_head": 8}),
+        ("llama", {"bits": "4", "rotation": "qr"}),
+        ("mixtral", {"bits": "4", "group_size": 64}),
+    ],
+)
+def test_tensor_parallel(name, settings, tmp_path):
+    """Each rank cuts its activations at whole blocks, so only the order of float32 sums differs."""
+    expected = two_ranks(tmp_path, 256, settings, name)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        assert found["local"]["weight_scale"][1] == 128 // settings.get("group_size", 128), "expected half the inputs"
+        torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensor_parallel_that_cuts_a_rotation_block(tmp_path):
+    two_ranks(tmp_path, 64, {"bits": "4", "group_size": 32})
+    for rank in range(2):
+        message = (tmp_path / f"error{rank}").read_text()
+        assert (
+            "expected a tensor parallel size that cuts 64 inputs into whole groups of 32 and whole rotation" in message
+        )

@@ -11,6 +11,7 @@ peak it is the dense model. Written for both generations of transformers' hooks 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tqw.config import FORMAT_VERSION, QUANT_METHOD, QuantConfig
 from tqw.errors import TqwError
+from tqw.integrations.serving import check_columns
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import empty_model_, quantize_model, share_inputs
 from tqw.pretrained import (
@@ -91,6 +93,39 @@ def _tie_companions(model: Any) -> None:
             tied.update({f"{head}.{name}": f"{embedding}.{name}" for name in names})
 
 
+_WHOLE = "replicated_with_grad_allreduce"  # transformers' name for a parameter that every rank has whole
+
+
+def _fit_parallel_plan(model: Any) -> None:
+    """Tensor parallelism cuts codes and weight scales as it would cut the dense weight, along outputs or inputs.
+
+    Channel scales are cut along inputs only, rotation matrices never. Quantized embeddings, heads tied to them and
+    experts are whole on every rank.
+    """
+    plan = getattr(model, "tp_plan", None) or {}
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        tied = isinstance(embedding, QuantizedEmbedding) and module is model.get_output_embeddings()
+        if isinstance(module, (QuantizedEmbedding, QuantizedExperts)) or (tied and model.config.tie_word_embeddings):
+            for key in [key for key in plan if key == generic or key.startswith(f"{generic}.")]:
+                del plan[key]
+        elif isinstance(module, QuantizedLinear) and generic in plan:
+            whole = (ROTATION_MATRIX,) if "rowwise" in plan[generic] else (ROTATION_MATRIX, "channel_scale")
+            plan.update({f"{generic}.{key}": _WHOLE for key in module._parameters if key.endswith(whole)})
+            matrix = module._parameters.get(ROTATION_MATRIX)
+            if matrix is not None:  # transformers looks for parameters by name, and shared ones have but one
+                module.register_parameter(ROTATION_MATRIX, nn.Parameter(matrix.data, requires_grad=False))
+
+
+def _check_parallel_cuts(model: Any) -> None:
+    for name, module in model.named_modules():
+        scale = module._parameters.get("channel_scale") if isinstance(module, QuantizedLinear) else None
+        local = getattr(scale, "to_local", None)  # of a DTensor
+        if local is not None:
+            check_columns(name, module.quantized_weight, len(local()))
+
+
 def _devices(device_map: Any) -> set[str]:
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
     return {str(place) for place in places}
@@ -132,6 +167,7 @@ class TransformersQuantizer(HfQuantizer):
             _add_patterns(model, "_keys_to_ignore_on_load_missing", _MATRIX_KEY)
             _add_patterns(model, "_keys_to_ignore_on_load_unexpected", f"^{STORED_MATRIX}")
             _tie_companions(model)
+            _fit_parallel_plan(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -139,6 +175,7 @@ class TransformersQuantizer(HfQuantizer):
         model._weight_conversions = []  # stored names are parameter names, experts included
         drop_shim(model.config)
         if self.pre_quantized:
+            _check_parallel_cuts(model)
             for module in model.modules():
                 for key, matrix in list(module._parameters.items()):
                     if key.endswith(ROTATION_MATRIX) and matrix is not None:
