@@ -66,8 +66,9 @@ def main() -> None:
     for key, members in by_input(model, [d for d in resolve(model, config)[1] if d.bits]).items():
         names = [m.name for m in members]
         weights = [model.get_submodule(name).weight.detach() for name in names]
-        moment = moments(names[0])
-        assert moment is not None
+        found = moments(names[0])
+        assert found is not None
+        moment = found.second
         blend = sinkhorn(weights)
         scales = {(e, b): activation_scale(moment.diagonal(), e) * blend**b for e in EXPONENTS for b in BLENDS}
         sample = torch.cat([w[torch.randperm(len(w), generator=generator)[:ROWS]] for w in weights])

@@ -12,6 +12,7 @@ import tqw
 from tqw import gptq
 from tqw.codebook import levels
 from tqw.config import QuantConfig
+from tqw.gptq import Moments
 from tqw.moments import LayerMoments, decoder_layers
 from tqw.packing import unpack
 from tqw.pretrained import quantize_pretrained
@@ -43,9 +44,9 @@ def error(weight: torch.Tensor, qw: tqw.QuantizedWeight, x: torch.Tensor) -> flo
 @pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
 def test_outputs_err_less(bits, rotation):
     weight, x, config, scale = case(bits=bits, rotation=rotation, group_size=32)
-    moment = x.T @ x / len(x)
+    moments = Moments(x.T @ x / len(x))
     plain = quantize(weight, config, channel_scale=scale)
-    fed_back = gptq.quantize_with_feedback(weight, moment, config, scale, plain.rotation_matrix)
+    fed_back = gptq.quantize_with_feedback(weight, moments, config, scale, plain.rotation_matrix)
     assert error(weight, fed_back, x) < 0.8 * error(weight, plain, x)
     assert fed_back.nbytes() == plain.nbytes()
     assert fed_back.bits == plain.bits
@@ -56,10 +57,27 @@ def test_outputs_err_less(bits, rotation):
 @pytest.mark.parametrize("out_features", [1, 17])
 def test_odd_shapes(in_features, out_features):
     weight, x, config, scale = case(out_features, in_features)
-    moment = x.T @ x / len(x)
-    qw = gptq.quantize_with_feedback(weight, moment, config, scale)
+    qw = gptq.quantize_with_feedback(weight, Moments(x.T @ x / len(x)), config, scale)
     assert qw.shape == weight.shape
     assert error(weight, qw, x) < error(weight, quantize(weight, config, channel_scale=scale), x)
+
+
+def test_a_part_of_the_drift_is_made_up_for():
+    """x = x0 A: the target moves a quarter of the way to what a least-squares fit of the float outputs would be."""
+    weight, x0, config, scale = case(bits="8")
+    x = x0 @ (torch.eye(160) + 0.02 * torch.randn(160, 160, generator=torch.Generator().manual_seed(8)))
+    second, cross = x.T @ x / len(x), x0.T @ x / len(x)
+    plain, corrected = (
+        gptq.quantize_with_feedback(weight, moments, config, scale)
+        for moments in (Moments(second), Moments(second, cross))
+    )
+
+    def off(qw: tqw.QuantizedWeight) -> float:
+        return float((x @ dequantize(qw).T - x0 @ weight.T).square().sum())
+
+    assert off(corrected) < 0.8 * off(plain)
+    same = gptq.quantize_with_feedback(weight, Moments(second, second.clone()), config, scale)  # x = x0: no drift
+    assert (dequantize(same) - dequantize(plain)).norm() < 1e-5 * weight.norm()
 
 
 def test_with_white_inputs_there_is_nothing_to_feed_back():
@@ -68,7 +86,7 @@ def test_with_white_inputs_there_is_nothing_to_feed_back():
     scale = torch.full_like(scale, 0x3C)  # 1.0
     before, gptq.REFITS = gptq.REFITS, 0
     try:
-        qw = gptq.quantize_with_feedback(weight, torch.eye(160), config, scale)
+        qw = gptq.quantize_with_feedback(weight, Moments(torch.eye(160)), config, scale)
     finally:
         gptq.REFITS = before
     assert torch.equal(qw.packed[0], quantize(weight, config, channel_scale=scale).packed[0])
@@ -78,7 +96,7 @@ def test_dead_inputs_and_few_samples_are_damped():
     weight, x, config, scale = case()
     x = x[:20]
     x[:, 40:60] = 0
-    qw = gptq.quantize_with_feedback(weight, x.T @ x / len(x), config, scale)
+    qw = gptq.quantize_with_feedback(weight, Moments(x.T @ x / len(x)), config, scale)
     assert torch.isfinite(dequantize(qw)).all()
     assert (dequantize(qw) - weight).norm() < 0.5 * weight.norm()
 
@@ -102,7 +120,7 @@ def test_feedback_factor_is_the_cholesky_factor_of_the_inverse():
 
 def test_scales_and_codes_stay_in_the_format():
     weight, x, config, scale = case(bits="3")
-    qw = gptq.quantize_with_feedback(weight, x.T @ x / len(x), config, scale)
+    qw = gptq.quantize_with_feedback(weight, Moments(x.T @ x / len(x)), config, scale)
     codes = unpack(qw.packed[0], 3, qw.group_size)
     assert codes.max() < len(levels(3))
     assert (qw.weight_scale[0] >= 0).all()
@@ -112,29 +130,37 @@ def test_scales_and_codes_stay_in_the_format():
 def test_different_rotations_are_refused():
     weight, x, config, scale = case(bits="4+4", rotation_strategy="different")
     with pytest.raises(tqw.TqwError, match="expected rotation_strategy 'shared' with method gptq"):
-        gptq.quantize_with_feedback(weight, x.T @ x, config, scale)
+        gptq.quantize_with_feedback(weight, Moments(x.T @ x), config, scale)
+
+
+def inputs_of(model: torch.nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
+    """What a linear reads: [tokens, in]."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral"])
 def test_moments_are_those_of_the_quantized_prefix(name):
     """Layer 0 reads what the float model gives it; layer 1 what the *quantized* layer 0 gives it."""
-    model = tiny(name)
+    model, dense = tiny(name), tiny(name)
     ids = token_ids(4, 20)
     prefix, layers = decoder_layers(model)
     moments = LayerMoments(model, ids)
     target = {"gpt2": "attn.c_attn"}.get(name, "self_attn.q_proj")
     for index in range(len(layers)):
-        seen: list[torch.Tensor] = []
-        module = model.get_submodule(f"{prefix}.{index}.{target}")
-        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-        handle.remove()
-        x = torch.cat(seen).flatten(0, -2)
+        x = inputs_of(model, f"{prefix}.{index}.{target}", ids)
         expected = x.T @ x / len(x)
         found = moments(f"{prefix}.{index}.{target}")
         assert found is not None
-        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert found.cross is not None
+        assert (found.second - expected).abs().max() < 1e-4 * expected.abs().max()
+        x0 = inputs_of(dense, f"{prefix}.{index}.{target}", ids)
+        expected = x0.T @ x / len(x)
+        assert (found.cross - expected).abs().max() < 1e-4 * expected.abs().max()
         tqw.quantize_model(layers[index], QuantConfig(bits=3, group_size=32))
     assert moments("lm_head") is None
 

@@ -18,7 +18,7 @@ ORDER = [
     # the edge: nothing above imports it
     "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
     "generate", "peers", "bench", "footprint", "report", "compare", "demo", "integrations", "integrations.lm_eval",
-    "cli", "integrations.transformers", "registration", "integrations.serving", "integrations.vllm_experts",
+    "cli", "integrations.serving", "integrations.transformers", "registration", "integrations.vllm_experts",
     "integrations.vllm_layers", "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tqw.config import SKIP, QuantConfig, block_size, format_bits, parse_bits
 from tqw.errors import TqwError
-from tqw.gptq import quantize_with_feedback
+from tqw.gptq import Moments, quantize_with_feedback
 from tqw.kernels.cpu import MAX_FAMILY
 from tqw.layer import (
     QuantizedEmbedding,
@@ -342,15 +342,15 @@ def quantize_model(
     exponent: float = 0.5,
     workers: int = 1,
     progress: Progress | None = None,
-    moments: Callable[[str], Tensor | None] | None = None,
+    moments: Callable[[str], Moments | None] | None = None,
     on_module: Callable[[str, nn.Module, list[TensorRecord]], None] | None = None,
     done: Mapping[str, list[TensorRecord]] | None = None,
 ) -> QuantizationReport:
     """Replace the linears of `model` by quantized ones, in place, module by module.
 
     input_power: E x_j^2 of what each weight multiplies, by the weight's name in the state dict, from
-    `tqw.calibrate.input_power`; None quantizes without channel scales. moments(module name): E[x x^T] of its input,
-    [in, in], asked for in model order (tqw.moments); layers that have one are coded with error feedback.
+    `tqw.calibrate.input_power`; None quantizes without channel scales. moments(module name): of its input, asked for in
+    model order (tqw.moments); layers that have them are coded with error feedback.
     on_module(name, module, records) is called in model order as soon as a module is final; modules named in `done`
     are left dense and reported as given.
     Raises TqwError, naming the weight, for what cannot be quantized; modules already replaced stay replaced.
@@ -407,7 +407,7 @@ class _Job:
     exponent: float
     matrix: Callable[[int], Tensor | None]
     decisions: list[Decision]
-    moments: Callable[[str], Tensor | None] | None = None
+    moments: Callable[[str], Moments | None] | None = None
 
     def __post_init__(self) -> None:
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
@@ -438,25 +438,28 @@ class _Job:
         assert decision.bits is not None
         config = self.config.with_bits(decision.bits)
         weights, records = {}, []
-        moment = self.moments(decision.name) if self.moments and decision.kind in ("linear", "conv1d") else None
+        moments = self.moments(decision.name) if self.moments and decision.kind in ("linear", "conv1d") else None
         for prefix, dense in dense_weights(module, decision.kind).items():
             name = tensor_name(decision.name, prefix)
             matrix = self.matrix(dense.shape[-1])
             with _named(name):
-                if moment is None:
+                if moments is None:
                     weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
                 else:
-                    weights[prefix] = self._with_feedback(decision.name, moment, config, matrix)
+                    weights[prefix] = self._with_feedback(decision.name, moments, config, matrix)
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
 
-    def _with_feedback(self, name: str, moment: Tensor, config: QuantConfig, matrix: Tensor | None) -> QuantizedWeight:
-        """Layers that share their input share its moment: they are coded at once, as one tall weight."""
+    def _with_feedback(
+        self, name: str, moments: Moments, config: QuantConfig, matrix: Tensor | None
+    ) -> QuantizedWeight:
+        """Layers that share their input share its moments: they are coded at once, as one tall weight."""
         if name not in self.coded:
             members = self.siblings[name]
             dense = [dense_weights(self.model.get_submodule(m.name), m.kind)[""] for m in members]
             scale = self.scales[tensor_name(name, "")]
-            tall = quantize_with_feedback(torch.cat(dense), moment, config, scale, matrix)
+            tall = quantize_with_feedback(torch.cat(dense), moments, config, scale, matrix)
+            moments.cross = None  # memory: the siblings have been coded too
             parts = tall.split([len(weight) for weight in dense])
             self.coded.update({m.name: part for m, part in zip(members, parts, strict=True)})
         return self.coded.pop(name)

@@ -1,10 +1,11 @@
 """Second moments of the layers' inputs, one decoder layer at a time, as the quantized layers before it produce them.
 
-    M[name] = mean over tokens of x x^T        x: what weight `name` multiplies
+    S[name] = mean over tokens of x x^T,   C[name] = mean of x0 x^T        x: what weight `name` multiplies
 
-Only one layer's moments and one set of hidden states are in memory. The hidden states of all calibration sequences walk
-through the model in step with the quantization: layer i is run dense for its moments, then again, quantized, for the
-inputs of layer i + 1, so that each layer makes up for the errors before it (GPTQ, arXiv 2210.17323, section 4).
+Only one layer's moments and two sets of hidden states are in memory. The hidden states of all calibration sequences
+walk through the model in step with the quantization: layer i is run dense for its moments, then again, quantized, for
+the inputs of layer i + 1, so that each layer makes up for the errors before it (GPTQ, arXiv 2210.17323, section 4). The
+float model's own hidden states, whose inputs are x0, walk beside them (GPTAQ, arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tqw.errors import TqwError
+from tqw.gptq import Moments
 from tqw.model import input_name, kind_of
 
 _BATCH = 8  # sequences
@@ -80,10 +82,11 @@ class LayerInputs:
             )
         self.calls.append(calls)
 
-    def output(self, batch: int, call: Callable[..., Any] | None = None) -> Tensor:
-        """What the current layer (or `call` in its place) makes of one batch."""
+    def output(self, batch: int, call: Callable[..., Any] | None = None, hidden: Tensor | None = None) -> Tensor:
+        """What the current layer (or `call` in its place) makes of one batch, or of `hidden` in its place."""
         args, kwargs = self.calls[batch][self.current]
-        output = (call or self.layers[self.current])(self.hidden[batch], *args, **kwargs)
+        hidden = self.hidden[batch] if hidden is None else hidden
+        output = (call or self.layers[self.current])(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -94,49 +97,80 @@ class LayerInputs:
         self.current += 1
 
 
+class _Sums:
+    """Sums over tokens for one input; cross is given up where the float model's tokens went other ways."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self.cross: Tensor | None = torch.zeros_like(self.second)
+        self.tokens = 0
+
+    def add(self, x: Tensor, dense: Tensor | None) -> None:
+        self.second.addmm_(x.T, x)
+        self.tokens += len(x)
+        if self.cross is not None and dense is not None and dense.shape == x.shape:
+            self.cross.addmm_(dense.T, x)
+        else:
+            self.cross = None
+
+    def mean(self) -> Moments:
+        count = max(self.tokens, 1)
+        return Moments(self.second.div_(count), None if self.cross is None else self.cross.div_(count))
+
+
 class LayerMoments:
-    """moment(name) -> float32 [in, in] for weights of the decoder layers, asked for in model order; None for others."""
+    """moments(name) for weights of the decoder layers, asked for in model order; None for others."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.inputs = LayerInputs(model, ids)
         self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
-        self.moments: dict[str, Tensor] = {}
+        self.moments: dict[str, Moments] = {}
         self.measured = -1
+        self.dense_hidden = list(self.inputs.hidden)  # as the float model has it
 
     @torch.no_grad()
     def _measure(self, index: int) -> None:
-        sums: dict[str, Tensor] = {}
-        tokens: dict[str, int] = {}
         self.moments = {}
-        with self._watched(index, sums, tokens):
-            for batch in range(len(self.inputs.hidden)):
+        found: dict[str, _Sums] = {}
+        for batch in range(len(self.inputs.hidden)):
+            with self._watched(index) as dense:
+                self.dense_hidden[batch] = self.inputs.output(batch, hidden=self.dense_hidden[batch])
+            with self._watched(index) as now:
                 self.inputs.output(batch)
-        self.moments = {key: total.div_(tokens[key]) for key, total in sums.items()}
+            for key, x in now.items():
+                if key not in found:
+                    found[key] = _Sums(x)
+                found[key].add(x, dense.get(key))
+        self.moments = {key: sums.mean() for key, sums in found.items()}
         self.measured = index
 
-    @contextmanager
-    def _watched(self, index: int, sums: dict[str, Tensor], tokens: dict[str, int]) -> Iterator[None]:
-        def add(key: str, x: Tensor) -> None:
-            flat = x.flatten(0, -2).float()
-            if len(flat):
-                if key not in sums:
-                    sums[key] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-                sums[key].addmm_(flat.T, flat)
-                tokens[key] = tokens.get(key, 0) + len(flat)
+    def _advance(self) -> None:
+        if self.inputs.current != self.measured:  # still dense: the float model's hidden states pass it here
+            with torch.no_grad():
+                for batch, hidden in enumerate(self.dense_hidden):
+                    self.dense_hidden[batch] = self.inputs.output(batch, hidden=hidden)
+        self.inputs.advance()
 
-        handles, seen = [], set()
+    @contextmanager
+    def _watched(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """What each input of the layer's linears is, in a forward pass inside: float32 [tokens, in]."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(key: str, x: Tensor) -> None:
+            seen.setdefault(key, x.flatten(0, -2).float())
+
+        handles = []
         for name, module in self.layers[index].named_modules(prefix=f"{self.prefix}.{index}"):
             key = input_name(name)
-            if kind_of(module) in ("linear", "conv1d") and key not in seen:
-                seen.add(key)
-                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: add(key, args[0])))
+            if kind_of(module) in ("linear", "conv1d"):
+                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0])))
         try:
-            yield
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
 
-    def __call__(self, name: str) -> Tensor | None:
+    def __call__(self, name: str) -> Moments | None:
         """name: of a module."""
         head, _, rest = name.removeprefix(f"{self.prefix}.").partition(".")
         if not name.startswith(f"{self.prefix}.") or not head.isdigit() or not rest:
@@ -144,6 +178,6 @@ class LayerMoments:
         index = int(head)
         if index != self.measured:
             while self.inputs.current < index:
-                self.inputs.advance()
+                self._advance()
             self._measure(index)
         return self.moments.get(input_name(name))

@@ -19,6 +19,7 @@ from tqw.allocation import allocate_bits, sensitivities
 from tqw.checkpoint import REPORT, SHARD_BYTES, CheckpointWriter, file_sha256, read_json, read_tensors, write_atomically
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
+from tqw.gptq import Moments
 from tqw.kernels import dequantize
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import (
@@ -232,9 +233,9 @@ def method_options(
         return {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, ids)}
     known = power or {}
 
-    def diagonal(name: str) -> Tensor | None:
+    def diagonal(name: str) -> Moments | None:
         mean_square = known.get(f"{name}.weight")
-        return None if mean_square is None else torch.diag(mean_square).to(next(model.parameters()).device)
+        return None if mean_square is None else Moments(torch.diag(mean_square).to(next(model.parameters()).device))
 
     return {"exponent": GPTQ_EXPONENT, "moments": diagonal}
 
