@@ -29,7 +29,7 @@ from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
 from tqw.report import document
-from tqw.weight import QuantizedWeight, dequantize, quantize
+from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
@@ -138,9 +138,8 @@ def compile_all(shapes: Sequence[str]) -> None:
     device = cuda._device(torch.cuda.current_device())
 
     def plan(shape: str, tokens: int) -> None:
-        out_features, in_features = bench.parse_shape(shape)
-        base = cuda.Variant((4,), in_features, GROUP, 128, 128, True, True, 2)
-        cuda._plan(base, tokens, out_features, device)
+        qw = empty_weight(bench.parse_shape(shape), QuantConfig(bits=4), torch.device("meta"))
+        cuda._plan(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(plan, *zip(*product(shapes, TOKENS), strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -91,6 +92,12 @@ def tiny_model():
 def token_ids(rows: int = 2, columns: int = 12, vocabulary: int = 128) -> torch.Tensor:
     """Random ids, the same at every run."""
     return torch.randint(3, vocabulary, (rows, columns), generator=torch.Generator().manual_seed(7))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class WordTokenizer:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import tiny, token_ids
+from conftest import free_port, tiny, token_ids
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -216,12 +215,6 @@ def _on_two_ranks(rank: int, folder: str) -> None:
     torch.save({"logits": logits(model.eval()), "local": local}, Path(folder, f"rank{rank}.pt"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def two_ranks(folder: Path, width: int, settings: dict, name: str = "llama") -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import free_port
 
 import tqw
 
@@ -259,12 +259,6 @@ def test_experts_with_and_without_a_look_at_the_ids(activation):
 
 
 # ------------------------------------------------------------------------------------------------ the server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

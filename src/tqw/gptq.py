@@ -194,9 +194,9 @@ def quantize_with_feedback(
     second = rotated_moment(moments.second, channel_scale, matrix)
     target = into_rotated(weight.float(), layout.channel_scale[0], matrix).T.contiguous()
     if moments.cross is not None:
-        cross = rotated_moment(moments.cross, channel_scale, matrix)
-        target += DRIFT_SHARE * (drift_correction(second, cross) @ target)
-        del cross
+        correction = drift_correction(second, rotated_moment(moments.cross, channel_scale, matrix))
+        target += DRIFT_SHARE * (correction @ target)
+        del correction  # as large as the moments, and the factorisation comes
     second.diagonal().add_(damping * second.diagonal().mean().clamp(min=1e-30))
     influence = feedback_factor(second, 0.0)
     influence.div_(-influence.diagonal().clone()[:, None])

@@ -221,10 +221,28 @@ def routed_tokens(top_k_index: Tensor, experts: int) -> Iterable[tuple[int, Tens
             yield expert, tokens, positions
 
 
-def sum_of_choices(y: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """sum_k weights[t, k] y[t, k] over the experts that exist: [tokens, choices, out] -> float32 [tokens, out]."""
-    present = ((ids >= 0) & (ids < experts))[..., None]
-    return torch.where(present, y * weights[..., None], 0).sum(1, dtype=torch.float32)
+def mixture_by_pairs(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: tuple[QuantizedWeight, Tensor | None],
+    down: tuple[QuantizedWeight, Tensor | None],
+    activate: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor] = lambda y: y,
+) -> Tensor | None:
+    """y_t = sum_k weights[t, k] finish(down_e(activate(up_e(x_t)))), e = ids[t, k], over the experts that exist.
+
+    One kernel for each projection (weight, bias), nothing on the host depends on the ids; None where there is none.
+    """
+    projected = kernels.experts(x, up[0], ids, up[1])
+    if projected is None:
+        return None
+    y = kernels.experts(activate(projected.flatten(0, 1)), down[0], ids.reshape(-1, 1), down[1])
+    if y is None:
+        return None
+    present = ((ids >= 0) & (ids < up[0].packed[0].shape[0]))[..., None]
+    y = finish(y).view(*ids.shape, -1) * weights[..., None]
+    return torch.where(present, y, 0).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 class QuantizedExperts(nn.Module):
@@ -264,21 +282,12 @@ class QuantizedExperts(nn.Module):
         bias = getattr(self, f"{name}_bias")
         return kernels.linear(x, self.quantized_weight(name)[expert], None if bias is None else bias[expert])
 
-    def _project_pairs(self, x: Tensor, name: str, ids: Tensor) -> Tensor | None:
-        return kernels.experts(x, self.quantized_weight(name), ids, getattr(self, f"{name}_bias"))
+    def _finish(self, y: Tensor) -> Tensor:
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y  # type: ignore[operator]
 
     def _by_pairs(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
-        """`forward` by two kernels in all, where there are such; nothing on the host depends on the ids."""
-        up, down = self.projections
-        projected = self._project_pairs(x, up, ids)
-        if projected is None:
-            return None
-        y = self._project_pairs(gate(self, projected.flatten(0, 1)), down, ids.reshape(-1, 1))
-        if y is None:
-            return None
-        if getattr(self, "has_post_expert_norm", False):
-            y = self.post_expert_norm(y)  # type: ignore[operator]
-        return sum_of_choices(y.view(*ids.shape, -1), ids, weights, self.num_experts).to(x.dtype)
+        up, down = ((self.quantized_weight(name), getattr(self, f"{name}_bias")) for name in self.projections)
+        return mixture_by_pairs(x, ids, weights, up, down, lambda projected: gate(self, projected), self._finish)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if hidden_states.is_cuda and kernels.plain_eager(hidden_states, None):
@@ -288,9 +297,7 @@ class QuantizedExperts(nn.Module):
         up, down = self.projections
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert, tokens, positions in routed_tokens(top_k_index, self.num_experts):
-            y = self._project(gate(self, self._project(hidden_states[tokens], up, expert)), down, expert)
-            if getattr(self, "has_post_expert_norm", False):
-                y = self.post_expert_norm(y)  # type: ignore[operator]
+            y = self._finish(self._project(gate(self, self._project(hidden_states[tokens], up, expert)), down, expert))
             output.index_add_(0, tokens, (y * top_k_weights[tokens, positions, None]).float())
         return output.to(hidden_states.dtype)
 

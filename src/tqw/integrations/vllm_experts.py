@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tqw import kernels
-from tqw.layer import routed_tokens, sum_of_choices
+from tqw.layer import mixture_by_pairs, routed_tokens
 from tqw.weight import QuantizedWeight
 
 _WEIGHT = "Tensor[] {0}_packed, Tensor[] {0}_scale, Tensor[] {0}_channel_scale, Tensor? {0}_matrix"
@@ -27,9 +27,13 @@ ACTIVATIONS = {
 }
 
 
+def _activate(projected: Tensor, activation: str) -> Tensor:
+    gate, linear = projected.chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * linear
+
+
 def _expert(x: Tensor, up: QuantizedWeight, down: QuantizedWeight, activation: str) -> Tensor:
-    gate, linear = kernels.linear(x, up).chunk(2, -1)
-    return kernels.linear(ACTIVATIONS[activation](gate) * linear, down)
+    return kernels.linear(_activate(kernels.linear(x, up), activation), down)
 
 
 def routed_experts(
@@ -42,18 +46,6 @@ def routed_experts(
         part = _expert(x[tokens], up[expert], down[expert], activation)
         y.index_add_(0, tokens, (part * weights[tokens, positions, None]).float())
     return y.to(x.dtype)
-
-
-def by_pairs(
-    x: Tensor, weights: Tensor, ids: Tensor, up: QuantizedWeight, down: QuantizedWeight, activation: str
-) -> Tensor | None:
-    """The same sum by one kernel for each projection, where there are such: for a few tokens on a GPU."""
-    both = kernels.experts(x, up, ids)
-    if both is None:
-        return None
-    gate, linear = both.flatten(0, 1).chunk(2, -1)
-    y = kernels.experts(ACTIVATIONS[activation](gate) * linear, down, ids.reshape(-1, 1))
-    return None if y is None else sum_of_choices(y.view(*ids.shape, -1), ids, weights, up.shape[0]).to(x.dtype)
 
 
 def every_expert(
@@ -72,7 +64,9 @@ def every_expert(
 def _op(x: Tensor, weights: Tensor, ids: Tensor, *rest) -> Tensor:
     up_tensors, down_tensors, (rotation, activation) = rest[:4], rest[4:8], rest[8:]
     up, down = (kernels.from_arguments(*tensors, rotation=rotation) for tensors in (up_tensors, down_tensors))
-    together = by_pairs(x, weights, ids, up, down, activation)
+    together = mixture_by_pairs(
+        x, ids, weights, (up, None), (down, None), lambda projected: _activate(projected, activation)
+    )
     if together is not None:
         return together
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -310,14 +310,24 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+#endif
+// The place of `mine` in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  return address;
+}
+
 // Eight bytes, or four, to the same place of every CTA of the cluster.
 template <bool TO_ALL>
 __device__ __forceinline__ void store_pair(void* at, u32 a, u32 b) {
   if constexpr (TO_ALL) {
 #pragma unroll
   for (int rank = 0; rank < CLUSTER; rank++) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    u32 address = address_of_rank(at, rank);
     asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
   }
   } else {
@@ -329,8 +339,7 @@ __device__ __forceinline__ void store_value(float* at, float value) {
   if constexpr (TO_ALL) {
 #pragma unroll
   for (int rank = 0; rank < CLUSTER; rank++) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+    u32 address = address_of_rank(at, rank);
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
   }
   } else {
@@ -506,11 +515,6 @@ __device__ __forceinline__ void load_turn(const Params& p, Unit& unit, i64 row, 
   }
   if constexpr (I + 1 < PASSES) load_turn<I + 1>(p, unit, row, row1, turn, warp, t);
 }
-
-#if CLUSTER > 1
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-#endif
 
 // A CTA owns every gridDim-th strip of 16 rows (the last one may overlap the one before it: the same values twice). Its
 // warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds

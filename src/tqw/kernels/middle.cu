@@ -32,16 +32,6 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
 
-#if SPLIT > 1 || SPREAD > 1
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  return address;
-}
-#endif
-
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
   __shared__ float most_of_warp[8], most_of_cta[SPREAD];
