@@ -116,9 +116,11 @@ class Variant:
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
-        """Dynamic shared memory of the decode kernel: warp sums, planes, plane scales."""
+        """Dynamic shared memory of the decode kernel: ring, barrier, warp sums, planes, plane scales."""
+        ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + 64 for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
-        return sums + tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
+        planes = tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
+        return ring + 16 + sums + planes
 
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers."""
@@ -385,56 +387,55 @@ class _Plan:
     batch: int = 1
 
 
-def _batched(variant: Variant, tokens: int, strips: int, grid: int, limit: int) -> int | None:
-    """The most strips for one barrier that `limit` bytes of shared memory allow; None: not even one."""
-    batches = range(min(8, -(-strips // grid)), 0, -1)
-    return next((batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit), None)
-
-
 def _warps(tiles: int) -> int:
-    """Warps of a CTA that share a strip's tiles evenly, in an even number of turns: about 16."""
+    """Warps of a CTA that share a strip's tiles evenly: about 16."""
     if tiles <= 20:
         return tiles
     turns = {warps: -(-tiles // warps) for warps in range(8, 21)}
-    return min(turns, key=lambda w: turns[w] * w / tiles + 0.01 * abs(w - 16) + 0.05 * (turns[w] % 2))
+    return min(turns, key=lambda w: turns[w] * w / tiles + 0.01 * abs(w - 16))
 
 
-def _decode_plan(base: Variant, tokens: int, out: int, device: _Device, pairs: int = 1) -> _Plan | None:
-    """The decode kernel for a few tokens; None: the transformed tokens do not fit. Measured on one H100.
+def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
+    """The variant of the decode kernel for a few tokens. Measured on one H100."""
+    tiles, strips = base.padded_in // base.tile, -(-out // 16)
+    many, wide = strips > 6 * device.multiprocessors, tiles > 64
+    fused = base.experts or (
+        tokens <= 2 and not wide
+    )  # with more inputs it takes too long to transform them in every CTA
+    multicast = device.arch.startswith(("sm_90", "sm_100")) and tokens > 2 and strips >= 8
+    return replace(
+        base,
+        column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
+        fused=fused,
+        cluster=2 if multicast and not fused else 1,
+        warps=_warps(tiles),
+        ring=6 if wide and not fused else 4 if many and tokens <= 4 else 2 if fused or tokens > 8 else 3,
+        small=out < 16,
+    )
+
+
+def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs: int = 1) -> _Plan | None:
+    """The decode kernel for a few tokens; None: the transformed tokens do not fit.
 
     pairs: so many times one token, each with an expert of its own.
     """
-    tiles, bits, strips = base.padded_in // base.tile, sum(base.bits), -(-out // 16)
-    warps, items = _warps(tiles), -(-base.padded_in // 256) * tokens
-    deep = strips > 6 * device.multiprocessors or (tokens > 2 and tiles <= 64)
-    variant = replace(
-        base,
-        column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
-        fused=tokens <= 2,  # with more, it takes too long to transform them in every CTA, or cluster
-        cluster=2 if device.clusters and tokens <= 2 and items > warps and strips >= 8 else 1,
-        warps=warps,
-        ring=_ring(-(-tiles // warps), (4 if deep else 2) if bits <= 4 else 2 if bits <= 8 else 1),
-        small=out < 16,
-    )
+    limit, strips = device.shared_bytes, -(-out // 16)
+    while variant.shared_bytes(tokens, 1) > limit:
+        if variant.ring == 1:
+            return None
+        variant = replace(variant, ring=variant.ring - 1)
     cluster, function = variant.cluster, _function(variant, "tqw_decode", device)
-    resident = max(cluster, _resident(function, 32 * warps, cluster, device) // pairs // cluster * cluster)
+    resident = max(cluster, _resident(function, 32 * variant.warps, cluster, device) // pairs // cluster * cluster)
     grid = min(-(-strips // cluster) * cluster, resident)
-    batch = _batched(variant, tokens, strips, grid, device.shared_bytes)
-    if batch is None:
-        return None
+    batches = range(min(8, -(-strips // grid)), 0, -1)  # strips for one barrier: the most that fit
+    batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
     shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(function, (grid, pairs), 32 * warps, shared, device, cluster)
+    decode = _Launch(function, (grid, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
+    items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile
     transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
-    return _Plan(2 * tokens * base.padded_in, tokens * tiles, (transform_x, decode), batch)
-
-
-def _ring(turns: int, most: int) -> int:
-    """Tiles on their way in registers: a number that the kernel can unroll (see RING there)."""
-    if turns <= most:
-        return turns * (most // turns)
-    return next(ring for ring in range(most, 0, -1) if turns % ring == 0)
+    return _Plan(2 * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
 @lru_cache(maxsize=512)
@@ -504,14 +505,14 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
 @lru_cache(maxsize=4096)
 def _expert_plan(base: Variant, pairs: int, out: int, device: _Device) -> _Plan | None:
     """One launch for `pairs` tokens, each with an expert of its own; None: not even one token fits."""
-    return _decode_plan(replace(base, experts=True), 1, out, device, pairs)
+    return _decode_plan(_decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
 
 
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
     if tokens <= _DECODE_TOKENS:
-        plan = _decode_plan(base, tokens, out, device)
+        plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
     variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None

@@ -17,10 +17,10 @@
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
 // NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
-// CLUSTER    CTAs that transform x together: 1, 2, 4 (FUSED)
+// CLUSTER    CTAs that bring T(x) together: 1, 2, 4 (not FUSED)
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
-// RING               tiles whose codes a warp has on their way: divides TURNS or is 1 to 4 times TURNS
+// RING               turns whose codes are on their way
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
 // EXPERTS            1: row blockIdx.y of y is one token by expert ids[blockIdx.y] of stacked weights (decode)
@@ -118,7 +118,7 @@ __host__ __device__ constexpr int level(int bits, int code) {
 }
 // Four levels of a table, from code `first` on, as the bytes of one register.
 template <int B, int FIRST>
-__device__ __forceinline__ u32 table_word() {
+__host__ __device__ constexpr u32 table_word() {
   constexpr u32 word = (u32)(u8)level(B, FIRST) | (u32)(u8)level(B, FIRST + 1) << 8 |
                        (u32)(u8)level(B, FIRST + 2) << 16 | (u32)(u8)level(B, FIRST + 3) << 24;
   return word;
@@ -187,6 +187,30 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
                   permute(look_up_16<6, 32>(low2, top2), look_up_16<6, 48>(low2, top2), five), six);
     }
   }
+}
+
+// Whether levels below the middle code are negative and the others are not, below 127.
+__host__ __device__ constexpr bool splits(int bits) {
+  for (int i = 0; i < 1 << bits; i++)
+    if ((level(bits, i) < 0) != (i < 1 << (bits - 1)) || level(bits, i) > 126) return false;
+  return true;
+}
+static_assert(splits(4), "decode_halves");
+// Two words of a table for `decode_halves`, in registers that the compiler cannot take for constants to be made anew.
+struct Tables {
+  u32 lower, upper;
+};
+__device__ __forceinline__ Tables tables() {
+  return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z};  // threadIdx.z is 0
+}
+// `decode` of 4 bits as a sum, for less work: a permute whose selector has bit 3 set gives 8 times the sign of the byte.
+// Codes below 8, with negative levels, are looked up by `lower`, which makes -1 of the others; these are looked up, one
+// more than they are, by `upper`, which makes 0 of the former. Level = low + high: two products instead of one.
+__device__ __forceinline__ void decode_halves(const Tables& tables, u32 q, u32* low, u32* high) {
+  constexpr u32 LOWER = table_word<4, 4>(), UPPER = table_word<4, 12>() + 0x01010101u;
+  u32 other = q ^ 0x88888888u;
+  low[0] = permute(tables.lower, LOWER, q), high[0] = permute(tables.upper, UPPER, other);
+  low[2] = permute(tables.lower, LOWER, q >> 16), high[2] = permute(tables.upper, UPPER, other >> 16);
 }
 
 // Byte offset within a row of the codes that lane t reads of the tile at input k.
@@ -321,37 +345,43 @@ __device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
   return address;
 }
 
-// Eight bytes, or four, to the same place of every CTA of the cluster.
-template <bool TO_ALL>
-__device__ __forceinline__ void store_pair(void* at, u32 a, u32 b) {
-  if constexpr (TO_ALL) {
-#pragma unroll
-  for (int rank = 0; rank < CLUSTER; rank++) {
-    u32 address = address_of_rank(at, rank);
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-  }
-  } else {
-  *(uint2*)at = make_uint2(a, b);
-  }
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-template <bool TO_ALL>
-__device__ __forceinline__ void store_value(float* at, float value) {
-  if constexpr (TO_ALL) {
-#pragma unroll
-  for (int rank = 0; rank < CLUSTER; rank++) {
-    u32 address = address_of_rank(at, rank);
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-  }
-  } else {
-  *at = value;
-  }
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// The barrier expects the bytes already.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// To the same place of every CTA of the cluster, whose barriers are in the same place, too.
+__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1))
+      : "memory");
+}
+#endif
 
-// One warp: T(x) of 256 inputs of one token as two int8 planes and a scale for each tile; TO_ALL: in the shared memory
-// of every CTA of the cluster.
-template <bool TO_ALL>
-__device__ __forceinline__ void transform(const Params& p, int token, int k0, u8* high, u8* low, float* scales) {
-  int lane = threadIdx.x & 31, k = k0 + lane * 8;
+// T(x) of inputs k to k + 8 of one token; the BLOCK / 8 lanes of a block do it together. Two int8 planes and, for each
+// tile, a scale. tile: the only one to be stored, or -1.
+__device__ __forceinline__ void transform(const Params& p, int token, int k, int tile, u8* high, u8* low, float* scales) {
+  int lane = threadIdx.x & 31;
   float v[8];
   scaled_inputs(p, token, k, v);
 #if ROTATE
@@ -368,7 +398,7 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, u8
   int q[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), 32512), -32512);
-  if (k >= IN_PADDED) return;
+  if (k >= IN_PADDED || (tile >= 0 && k / TILE != tile)) return;
   u32 l[2], h[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -376,9 +406,9 @@ __device__ __forceinline__ void transform(const Params& p, int token, int k0, u8
     l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
-  store_pair<TO_ALL>(high + k, h[0], h[1]);
-  store_pair<TO_ALL>(low + k, l[0], l[1]);
-  if (lane % (TILE / 8) == 0) store_value<TO_ALL>(scales + k / TILE, scale);
+  *(uint2*)(high + k) = make_uint2(h[0], h[1]);
+  *(uint2*)(low + k) = make_uint2(l[0], l[1]);
+  if (k % TILE == 0) scales[k / TILE] = scale;
 }
 
 // T(x) of many tokens, once for all CTAs of the product: one warp for 256 inputs of one token.
@@ -390,7 +420,8 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
   if (item >= CHUNKS * p.tokens) return;
   int token = item / CHUNKS;
   u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
-  transform<false>(p, token, item % CHUNKS * 256, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  transform(p, token, item % CHUNKS * 256 + (threadIdx.x & 31) * 8, -1, high, high + IN_PADDED,
+            p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -441,14 +472,21 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
   if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
 
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
+__device__ __forceinline__ float magic_to_float(int sum) { return __int_as_float(sum) - 12582912.f; }
+
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const* columns, const float* x_scale,
-                                              float (*total)[2]) {
+__device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& unit, const u8* const* columns,
+                                              const float* x_scale, float (*total)[2]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
-  int c[NT][4];
+  constexpr bool HALVES = B == 4 && NT <= 2;  // beyond, the products weigh more than the decoding
+  int c[NT][4], d[NT][4];
 #pragma unroll
-  for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+  for (int n = 0; n < NT; n++) {
+    c[n][0] = c[n][1] = c[n][2] = c[n][3] = MAGIC;  // 128^3 < 2^22: still a float's mantissa
+    if (HALVES) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
+  }
   constexpr int AT_ONCE = STEPS < 2 ? 1 : 2;
 #pragma unroll
   for (int step = 0; step < STEPS; step += AT_ONCE) {
@@ -458,19 +496,33 @@ __device__ __forceinline__ void multiply_pass(const Unit& unit, const u8* const*
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
-      decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
+      if constexpr (HALVES) {
+        u32 high[4];
+        decode_halves(tables, unit.codes[0][FIRST + step + s], a, high);
+        decode_halves(tables, unit.codes[1][FIRST + step + s], a + 1, high + 1);
+#pragma unroll
+        for (int n = 0; n < NT; n++) multiply(d[n], high, b[n][2 * s], b[n][2 * s + 1]);
+      } else {
+        decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+        decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
+      }
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
   }
+  if constexpr (HALVES) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[n][i] += d[n][i];
+  }
   float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    total[n][0] = fmaf(s0 * x_scale[n], __int2float_rn(c[n][0] * 256 + c[n][1]), total[n][0]);
-    total[n][1] = fmaf(s1 * x_scale[n], __int2float_rn(c[n][2] * 256 + c[n][3]), total[n][1]);
+    total[n][0] = fmaf(s0 * x_scale[n], fmaf(256.f, magic_to_float(c[n][0]), magic_to_float(c[n][1])), total[n][0]);
+    total[n][1] = fmaf(s1 * x_scale[n], fmaf(256.f, magic_to_float(c[n][2]), magic_to_float(c[n][3])), total[n][1]);
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(unit, columns, x_scale, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(tables, unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -488,38 +540,103 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 }
 
 #ifndef COLUMNS
-static_assert((TURNS % RING == 0 || RING % TURNS == 0) && RING <= 4 * TURNS, "slots of the ring are constants");
-static constexpr int PITCH = IN_PADDED + 16;                  // 16: two columns share no bank
-static constexpr int ACROSS = WARPS * TILE;                   // inputs from one of them to the next
+static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
+static constexpr int ACROSS = WARPS * TILE;   // inputs from one tile of a warp to its next
 
-// A lane's codes and scales of tile `turn`, of rows `row` and `row1`. Where the place of a tile's codes is linear in its
+__host__ __device__ constexpr int lane_bytes(int bits, int plane) {
+  return plane < plane_count(bits) ? LANE * plane_width(bits, plane) / 8 : 0;
+}
+
+// A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
+// g + 8, and a word for each row that holds its scale.
+__host__ __device__ constexpr int staged_bytes(int passes) {
+  int total = 0;
+  for (int i = 0; i < passes; i++) total += 64 * (lane_bytes(WIDTHS[i], 0) + lane_bytes(WIDTHS[i], 1) + 1);
+  return total;
+}
+static constexpr int UNIT_BYTES = staged_bytes(PASSES), SLOT_BYTES = WARPS * UNIT_BYTES;
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+// The W bytes of each lane of 8 rows; `from` is the lane's own.
+template <int W>
+__device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
+  if constexpr (W >= 16) {
+#pragma unroll
+    for (int i = 0; i < W / 16; i++) copy_async<16>(to + i * 512 + lane * 16, from + 16 * i);
+  } else if constexpr (W >= 4) {
+    copy_async<W>(to + lane * W, from);
+  } else if ((lane & 3) < W) {  // the smallest copy has 4 bytes: some lanes of a quad copy for all
+    int t = lane & 3;
+    copy_async<4>(to + (lane - t) * W + 4 * t, from + t * (4 - W));
+  }
+}
+template <int W>
+__device__ __forceinline__ void read_codes(u32* words, const u8* from, int lane) {
+  if constexpr (W >= 16) {
+#pragma unroll
+    for (int i = 0; i < W / 16; i++) read_words<16>(words + 4 * i, from + i * 512 + lane * 16);
+  } else {
+    read_words<W>(words, from + lane * W);
+  }
+}
+
+// Begin to copy tile `turn` of the warp, rows `row` and `row1`. Where the place of a tile's codes is linear in its
 // number, all turns of a strip share their addresses but for constants.
 template <int I>
-__device__ __forceinline__ void load_turn(const Params& p, Unit& unit, i64 row, i64 row1, int turn, int warp, int t) {
-  constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+__device__ __forceinline__ void stage_turn(const Params& p, u32 to, i64 row, i64 row1, int turn, int warp, int lane) {
+  constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1);
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
-  constexpr bool LINEAR = COUNT == 1 || GROUP == TILE;
-  int first = warp * TILE, k = first + turn * ACROSS;
+  constexpr bool LINEAR = plane_count(B) == 1 || GROUP == TILE;
+  int t = lane & 3, first = warp * TILE, k = first + turn * ACROSS;
+  to += staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const u8* codes = p.packed[I] + (h ? row1 : row) * STRIDE;
-    const u16* scales = p.scale[I] + (h ? row1 : row) * GROUPS;
-    load_stream<W0>(unit.codes[h] + FIRST,
-                    LINEAR ? codes + code_offset(B, 0, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 0, k, t));
-    if constexpr (COUNT == 2)
-      load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0),
-                      LINEAR ? codes + code_offset(B, 1, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, 1, k, t));
-    scales += ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : k / GROUP;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(scales));
+    auto place = [&](int plane) {
+      return LINEAR ? codes + code_offset(B, plane, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, plane, k, t);
+    };
+    stage_codes<W0>(to + h * 32 * W0, place(0), lane);
+    if constexpr (W1 > 0) stage_codes<W1>(to + 64 * W0 + h * 32 * W1, place(1), lane);
   }
-  if constexpr (I + 1 < PASSES) load_turn<I + 1>(p, unit, row, row1, turn, warp, t);
+  if constexpr (GROUPS % 2 == 0) {  // two scales of one row
+    const u8* scales = (const u8*)(p.scale[I] + (t & 1 ? row1 : row) * GROUPS + k / GROUP / 2 * 2);
+    if (t < 2) copy_async<4>(to + 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2), scales);
+  } else if (t < 2) {  // 4 bytes around the scale of one row; none after the last scale is read
+    i64 scale = (i64)(p.scale[I] + (t ? row1 : row) * GROUPS +
+                      (ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : k / GROUP));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2)),
+                 "l"(scale & ~3ll), "r"(2 + (int)(scale & 2))
+                 : "memory");
+  }
+  if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to - staged_bytes(I), row, row1, turn, warp, lane);
+}
+// What stage_turn has brought.
+template <int I>
+__device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit& unit, i64 row, i64 row1, int turn, int warp,
+                                          int lane) {
+  constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1), FIRST = words_before(I);
+  const u8* mine = from + staged_bytes(I);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    read_codes<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0, lane);
+    if constexpr (W1 > 0) read_codes<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1, lane);
+    int number = (warp * TILE + turn * ACROSS) / GROUP;
+    if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (int)(h ? row1 : row) * GROUPS;
+    unit.scales[h][I] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (lane >> 2) + 2 * (number & 1));
+  }
+  if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, row1, turn, warp, lane);
 }
 
 // A CTA owns every gridDim-th strip of 16 rows (the last one may overlap the one before it: the same values twice). Its
 // warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds
-// up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way, in registers, so the
-// memory never waits for a barrier.
+// up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way to shared memory, where
+// only it reads them, so the memory never waits for a barrier.
 #if EXPERTS
 // The parameters of row blockIdx.y: those of one token and one expert.
 __device__ __forceinline__ Params of_expert(const Params& all) {
@@ -545,56 +662,80 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #else
   const Params& p = given;
 #endif
-  extern __shared__ __align__(16) u8 shared[];
+  extern __shared__ __align__(16) u8 shared[];  // ring | a barrier | sums | planes | their scales
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  float* sums = (float*)shared;
+  float* sums = (float*)(shared + RING * SLOT_BYTES + 16);
   int outputs = 16 * p.tokens;  // of one strip
-  u8* planes = shared + 2 * p.batch * WARPS * outputs * 4;
+  u8* planes = (u8*)(sums + 2 * p.batch * WARPS * outputs);
   float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
+  int strips = (p.out + 15) / 16;
+  auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
+  auto has = [&](int turn) { return TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES; };
+#if !FUSED && __CUDA_ARCH__ >= 900
+  u32 arrived = shared_address(shared + RING * SLOT_BYTES);
+  if (threadIdx.x == 0) {
+    barrier_init(arrived, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_expect(arrived, 2 * p.tokens * IN_PADDED);
+  }
+#endif
 #if CLUSTER > 1
+  __syncwarp();
   cluster_arrive();
 #endif
 #if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
   for (int k = threadIdx.x * 16; k < p.in; k += WARPS * 512) asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + k));
 #endif
 
-  int strips = (p.out + 15) / 16;
-  auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
-  auto fetch = [&](Unit& unit, int strip, int turn) {
-    if (strip < strips && (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES)) {
-      i64 row = SMALL ? min(g, p.out - 1) : first_row(strip) + g;
-      load_turn<0>(p, unit, row, SMALL ? min(g + 8, p.out - 1) : row + 8, turn, warp, t);
-    }
+  auto rows = [&](int strip, i64& row, i64& row1) {
+    row = SMALL ? min(g, p.out - 1) : first_row(strip) + g;
+    row1 = SMALL ? min(g + 8, p.out - 1) : row + 8;
   };
-  Unit units[RING];
+  const u8* ring = shared + warp * UNIT_BYTES;
+  auto fetch = [&](int slot, int strip, int turn) {
+    if (strip < strips && has(turn)) {
+      i64 row, row1;
+      rows(strip, row, row1);
+      stage_turn<0>(p, shared_address(ring + slot * SLOT_BYTES), row, row1, turn, warp, lane);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
 #pragma unroll
-  for (int i = 0; i < RING; i++) fetch(units[i], blockIdx.x + i / TURNS * gridDim.x, i % TURNS);
+  for (int i = 0; i < RING; i++) fetch(i, blockIdx.x + i / TURNS * gridDim.x, i % TURNS);
   allow_next_kernel();
   wait_for_previous_kernel();
 
-#if FUSED
-  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
 #if CLUSTER > 1
   cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
 #endif
-#pragma unroll 1
-  for (int item = warp + WARPS * (blockIdx.x % CLUSTER); item < CHUNKS * p.tokens; item += WARPS * CLUSTER) {
-    int token = item / CHUNKS;
-    u8* high = planes + 2 * token * PITCH;
-    transform<(CLUSTER > 1)>(p, token, item % CHUNKS * 256, high, high + PITCH, plane_scale + token * TILES);
+#if FUSED  // each warp transforms the tiles that it will multiply
+  constexpr int AT_ONCE = 256 / BLOCK;
+#pragma unroll 2
+  for (int i = 0; i < TURNS * p.tokens; i += AT_ONCE) {
+    int item = i + lane / (BLOCK / 8), token = item / TURNS, tile = warp + item % TURNS * WARPS;
+    bool mine = token < p.tokens && tile < TILES;
+    int k = mine ? tile * TILE / BLOCK * BLOCK + lane % (BLOCK / 8) * 8 : IN_PADDED;
+    u8* high = planes + 2 * (mine ? token : 0) * PITCH;
+    transform(p, mine ? token : 0, k, tile, high, high + PITCH, plane_scale + token * TILES);
+  }
+  __syncwarp();
+#else
+#if __CUDA_ARCH__ >= 900
+  if (warp == 0) {  // each CTA of a cluster brings its share to all
+    for (int i = lane * CLUSTER + blockIdx.x % CLUSTER; i < 2 * p.tokens; i += 32 * CLUSTER)
+      copy_bulk_to_all(shared_address(planes + i * PITCH), p.planes + (i64)i * IN_PADDED, IN_PADDED, arrived);
   }
 #else
   constexpr int PIECES = IN_PADDED / 16;
 #pragma unroll 4
   for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
     *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
-  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
 #endif
-#if CLUSTER > 1
-  cluster_arrive();
-  cluster_wait();
-#else
+  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
   __syncthreads();
+#endif
+#if !FUSED && __CUDA_ARCH__ >= 900
+  barrier_wait(arrived, 0);
 #endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
@@ -605,22 +746,33 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + warp * TILE;
     x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES + warp;
   }
-  int strip = blockIdx.x, buffer = 0, pending = 0;
-  auto work = [&](Unit* mine) {  // one strip; false after the last
+  const Tables words = tables();
+  int buffer = 0, pending = 0, slot = 0;
+#pragma unroll 1
+  for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
     float total[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-      Unit& unit = mine[turn % RING];
-      if (TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES) {
+      Unit unit;
+      asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
+      __syncwarp();
+      if (has(turn)) {
+        i64 row, row1;
+        rows(strip, row, row1);
+        read_turn<0>(p, ring + slot * SLOT_BYTES, unit, row, row1, turn, warp, lane);
+      }
+      __syncwarp();
+      fetch(slot, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
+      slot = slot + 1 == RING ? 0 : slot + 1;
+      if (has(turn)) {
         const u8* at[NT];
         float x_scale[NT];
 #pragma unroll
         for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
-        multiply_pass<0>(unit, at, x_scale, total);
+        multiply_pass<0>(words, unit, at, x_scale, total);
       }
-      fetch(unit, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
     }
     float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
 #pragma unroll
@@ -630,15 +782,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         sum[(4 * n + t) * 16 + 8] = total[n][1];
       }
     }
-    strip += gridDim.x;
     pending++;
-    bool more = strip < strips;
-    if (pending == p.batch || !more) {
+    if (pending == p.batch || strip + gridDim.x >= strips) {
       __syncthreads();
       for (u32 i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
         u32 which = i / (u32)outputs, output = i % (u32)outputs;
         const float* from = sums + (buffer * p.batch + which) * WARPS * outputs + output;
-        int row = first_row(strip - (pending - which) * gridDim.x) + output % 16;
+        int row = first_row(strip - (pending - 1 - which) * gridDim.x) + output % 16;
         float value = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += from[w * outputs];
@@ -647,19 +797,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       buffer ^= 1;
       pending = 0;
     }
-    return more;
-  };
-  while (true) {  // not an inner loop: `units` must be indexed by constants to stay in registers
-    if (!work(units)) return;
-#if RING >= 2 * TURNS
-    if (!work(units + TURNS)) return;
-#endif
-#if RING >= 3 * TURNS
-    if (!work(units + 2 * TURNS)) return;
-#endif
-#if RING >= 4 * TURNS
-    if (!work(units + 3 * TURNS)) return;
-#endif
   }
 }
 #endif
@@ -684,7 +821,6 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
 }
 
 static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
-static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
 // value += weight_scale * levels H32 of one block's tiles.
 template <int I>

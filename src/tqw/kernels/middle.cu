@@ -109,25 +109,6 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 
 // ------------------------------------------------------------------------------------------------- the instructions
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
-          barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
 // K-major B with rows of 128 bytes, 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -245,8 +226,10 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   wait_for_previous_kernel();
   const u8* x = p.planes + (i64)blockIdx.y * TILES * STAGE_BYTES;
   if (threadIdx.x == 0)
-    for (int i = 0; i < STAGES && begin + i < end; i++)
+    for (int i = 0; i < STAGES && begin + i < end; i++) {
+      barrier_expect(full + 8 * i, STAGE_BYTES);
       copy_bulk(stage0 + i * STAGE_BYTES, x + (i64)(begin + i) * STAGE_BYTES, STAGE_BYTES, full + 8 * i);
+    }
 
   float d[COLUMNS / 2];
 #pragma unroll
@@ -264,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
       int next = tile - 1 + STAGES;
       if (threadIdx.x == 0 && next < end) {
         barrier_wait(empty + 8 * last_stage, last_parity);
+        barrier_expect(full + 8 * last_stage, STAGE_BYTES);
         copy_bulk(stage0 + last_stage * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * last_stage);
       }
       __syncwarp();
