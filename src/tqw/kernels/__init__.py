@@ -1,8 +1,8 @@
 """The one op, `linear(x, qw, bias) == F.linear(x, dequantize(qw), bias)`, and the backends that compute it.
 
 A backend is a module with the three names of reference.py: `supports(x, qw)` (None, or the reason why not),
-`linear(x, qw, bias)` and, where it can, `linear_backward`. BACKENDS lists them fastest first; `reference` is last,
-runs everywhere, and defines what the others must compute.
+`linear(x, qw, bias)` and, where it can, `linear_backward`. BACKENDS lists them fastest first, up to `reference`, which
+runs everywhere and defines what the others must compute; what stands after it runs only when asked for by name.
 
 The torch ops `tqw::linear`, `tqw::linear_backward` and `tqw::embedding` wrap that choice. They are opaque to
 torch.compile, functional, and take plain tensors (lists hold one tensor for each residual pass).
@@ -19,10 +19,16 @@ from torch._C._functorch import peek_interpreter_stack
 
 from tqw import weight
 from tqw.errors import TqwError
-from tqw.kernels import cpu, cuda, reference, triton
+from tqw.kernels import cpu, cuda, cutile, reference, triton
 from tqw.weight import QuantizedWeight
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "cpu": cpu,
+    "triton": triton,
+    "reference": reference,
+    "cutile": cutile,
+}
 
 _WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
 torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
