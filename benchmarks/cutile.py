@@ -9,12 +9,12 @@ compile or run is listed with its error.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,12 +28,12 @@ from tqw.kernels import cutile, cutile_kernels
 from tqw.report import document, write_json
 from tqw.weight import dequantize, quantize
 
-# tokens: (columns, rows, parts, warps, programs of one multiprocessor)
-SETTINGS: dict[int, list[tuple[int, int, int, int, int]]] = {
-    1: list(itertools.product((16,), (64,), (1, 2, 4, 8), (4, 8), (1, 2, 3))),
-    16: list(itertools.product((16,), (64,), (1, 2, 4), (4, 8), (2, 3))),
-    128: list(itertools.product((64, 128), (64, 128), (1, 2), (8,), (1, 2))),
-    2048: list(itertools.product((64, 128, 256), (64, 128), (1,), (4, 8), (1, 2))),
+# tokens: (columns, rows, parts, warps, programs of one multiprocessor, levels looked up by pairs)
+SETTINGS: dict[int, list[tuple[int, int, int, int, int, bool]]] = {
+    1: list(product((16,), (64,), (2, 4, 8, 1), (8, 4), (2, 3, 1), (True, False))),
+    16: list(product((16,), (64, 128), (4, 2, 1), (8, 4), (2,), (True, False))),
+    128: list(product((128, 64), (64, 128), (2, 1, 4), (8,), (2, 1), (True, False))),
+    2048: list(product((128, 256), (64, 128), (1,), (8, 4), (2, 1), (True, False))),
 }
 PRODUCT = cutile_kernels.product
 
@@ -59,24 +59,31 @@ def backend_rows(qw, dense, x, exact) -> Iterator[dict[str, Any]]:
         except Exception as problem:  # noqa: BLE001  (a backend that does not run here is a result, too)
             yield {"tokens": len(x), "method": name, "error": f"{type(problem).__name__}: {problem}"[:2000]}
             del calls[name]
-    for name, microseconds in bench.graph_microseconds(calls).items():
-        eager = bench.eager_microseconds(calls[name][0])
+    graphs: dict[str, float] = {}
+    try:
+        graphs = bench.graph_microseconds(calls)
+    except Exception as problem:  # noqa: BLE001
+        yield {"tokens": len(x), "method": "graphs", "error": f"{type(problem).__name__}: {problem}"[:2000]}
+    for name, copies_of_call in calls.items():
         yield {
-            "tokens": len(x), "method": name, "microseconds": microseconds, "eager_microseconds": eager,
-            "relative_error": errors[name],
+            "tokens": len(x), "method": name, "microseconds": graphs.get(name), "relative_error": errors[name],
+            "eager_microseconds": bench.eager_microseconds(copies_of_call[0]),
         }  # fmt: skip
 
 
 def setting_rows(qw, x, exact, until: float) -> Iterator[dict[str, Any]]:
     weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
-    for columns, rows, split, warps, occupancy in SETTINGS[len(x)]:
+    for columns, rows, split, warps, occupancy, paired in SETTINGS[len(x)]:
         if time.perf_counter() > until:
             return
         chosen = cutile.Settings(columns, rows, split)
         row: dict[str, Any] = {"tokens": len(x), "method": "cutile", "columns": columns, "rows": rows, "split": split,
-                               "warps": warps, "occupancy": occupancy}  # fmt: skip
+                               "warps": warps, "occupancy": occupancy, "paired": paired}  # fmt: skip
         try:
-            with mock.patch.object(cutile_kernels, "product", with_hints(warps, occupancy)):
+            with (
+                mock.patch.object(cutile_kernels, "product", with_hints(warps, occupancy)),
+                mock.patch.object(cutile, "_PAIRED", cutile._PAIRED if paired else ()),
+            ):
                 bench.checked_error("cutile", cutile._linear(x, qw, None, chosen), exact, 1e-2)
                 calls = [lambda w=w, s=chosen: cutile._linear(x, w, None, s) for w in weights]
                 row["microseconds"] = bench.graph_microseconds({"cutile": calls})["cutile"]

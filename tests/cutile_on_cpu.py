@@ -86,6 +86,8 @@ def module() -> Any:
     ct.bid = lambda axis: _block[axis]
     ct.load, ct.store, ct.gather = load, store, gather
     ct.bitcast = lambda tile, dtype: tile.view(dtype)
+    ct.pack_to_bytes = lambda tile: np.ascontiguousarray(tile).view(np.uint8).reshape(-1).view(Tile)
+    ct.unpack_from_bytes = lambda tile, dtype: tile.view(dtype)
     ct.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Tile)
     ct.arange = lambda size, *, dtype: np.arange(size, dtype=dtype).view(Tile)
     ct.max = lambda tile, axis, *, keepdims: tile.max(axis, keepdims=keepdims)

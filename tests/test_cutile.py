@@ -153,6 +153,7 @@ def test_compiles_without_a_gpu(bits, arch):
         return file.getvalue()
 
     low, high = (*PLANES[bits], 0)[:2]
+    each = 2 if bits in (2, 3, 4) else 1
     for x, inner in ((ct.bfloat16, ct.float16), (ct.float32, ct.float32)):
         vectors = array(x, 2), array(ct.uint8, 1), array(ct.float16, 2), array(inner, 2), array(ct.float32, 2)
         assert cubin(code.transform, *vectors, 128, True, 16)[:4] == b"\x7fELF"
@@ -161,5 +162,5 @@ def test_compiles_without_a_gpu(bits, arch):
             stride_constant=(None, None, 1),
         )  # fmt: skip
         tensors = array(inner, 2), array(ct.float32, 2), array(ct.uint8, 3), array(ct.uint8, 3), array(ct.float16, 2)
-        tensors = *tensors, array(inner, 1), array(x, 1), y
-        assert cubin(code.product, *tensors, low, high, 128, 128, 128, 32, True, 16, 64)[:4] == b"\x7fELF"
+        tensors = *tensors, array(ct.int32 if each == 2 else ct.float16, 1), array(x, 1), y
+        assert cubin(code.product, *tensors, low, high, each, 128, 128, 128, 32, True, 16, 64)[:4] == b"\x7fELF"

@@ -2,8 +2,8 @@
 
 The arithmetic of the Triton backend: one launch for T(x) with a power-of-two scale for each token and block, then one
 launch for each pass, tiles of decoded levels times T(x) on the tensor cores, with the same bound on the error. cuTile
-has neither byte permutes nor tables in registers: levels are gathered from a table of 2^bits entries in global memory,
-which stays in the L1 cache.
+has neither byte permutes nor tables in registers: levels are gathered from a small table in global memory, which stays
+in the L1 cache.
 
 Needs cuda-tile with tileiras 13.3 or newer: `pip install "tqw[cutile]"`. Launch settings are fixed.
 """
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqw.codebook import level_table
+from tqw.codebook import levels
 from tqw.packing import PLANES
 from tqw.rotation import hadamard_matrix
 from tqw.weight import QuantizedWeight
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PAIRED = (2, 3, 4)  # widths whose table of pairs is at most 1 KB: half the loads, and asynchronous ones
+_ADDED = 512  # outputs that one program adds the parts of
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,25 @@ def _signs(block: int, device: torch.device) -> Tensor:
     return hadamard_matrix(block).sign().to(device, torch.float16)
 
 
+@lru_cache(maxsize=64)
+def _table(bits: int, each: int, device: torch.device) -> Tensor:
+    """fp16 levels by code; for 2 each, pairs in an int32 by the bits of both codes, plane by plane."""
+    values = torch.tensor(levels(bits), dtype=torch.float16)
+    if each == 1:
+        return values.to(device)
+    low, high = (*PLANES[bits], 0)[:2]
+    index = torch.arange(4**bits)
+    first = index & (2**low - 1) | (index >> 2 * low & (2**high - 1)) << low
+    second = index >> low & (2**low - 1) | index >> (2 * low + high) << low
+    return values[torch.stack([first, second], 1)].view(torch.int32).flatten().to(device)
+
+
 def _planes(packed: Tensor, bits: int, groups: int) -> list[tuple[Tensor, int]]:
-    """Views [out, groups, bytes] of the one or two planes of the codes, and their widths; (the first, 0) for none."""
+    """Views [out, groups, bytes] of the two planes of the codes, and their widths; 0 for none."""
     grouped = packed.unflatten(1, (groups, -1))
-    widths, start, planes = PLANES[bits], 0, []
-    for width in widths:
-        count = grouped.shape[2] * width // bits
-        planes.append((grouped[:, :, start : start + count], width))
-        start += count
-    return planes if len(planes) == 2 else [planes[0], (planes[0][0], 0)]
+    low, high = (*PLANES[bits], 0)[:2]
+    cut = grouped.shape[2] * low // bits
+    return [(grouped[:, :, :cut], low), (grouped[:, :, cut:] if high else grouped, high)]
 
 
 def _launch(grid: tuple[int, int, int], kernel: Any, arguments: tuple) -> None:
@@ -130,17 +142,19 @@ def _linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None, chosen: Setting
 
     passes, split = len(qw.packed), chosen.split
     alone = passes * split == 1
-    y = torch.empty(passes * split, tokens, out, dtype=x.dtype if alone else torch.float32, device=x.device)
+    y = torch.empty(1, tokens, out, dtype=x.dtype, device=x.device)
+    parts = y if alone else torch.empty(passes * split, tokens, out, dtype=torch.float32, device=x.device)
+    added = y if bias is None else bias.detach()
     grid = -(-out // chosen.rows), -(-tokens // chosen.tokens), split
     for index, (packed, scale, bits) in enumerate(zip(qw.packed, qw.weight_scale, qw.bits, strict=True)):
         (low, low_width), (high, high_width) = _planes(packed, bits, padded // group)
-        arguments = (
-            transformed, token_scale, low, high, scale, level_table(bits, x.device, inner),
-            scale if bias is None else bias.detach(), y[index * split : (index + 1) * split],
-        )  # fmt: skip
-        constants = low_width, high_width, block, group, tile, padded // tile // split, alone and bias is not None
-        _launch(grid, kernels.product, (*arguments, *constants, chosen.tokens, chosen.rows))
-    if alone:
-        return y[0]
-    total = y.sum(0)
-    return (total if bias is None else total + bias).to(x.dtype)
+        each = 2 if bits in _PAIRED else 1
+        mine = parts[index * split : (index + 1) * split]
+        arguments = transformed, token_scale, low, high, scale, _table(bits, each, x.device), added, mine
+        constants = low_width, high_width, each, block, group, tile, padded // tile // split
+        with_bias = alone and bias is not None
+        _launch(grid, kernels.product, (*arguments, *constants, with_bias, chosen.tokens, chosen.rows))
+    if not alone:
+        grid = tokens, -(-out // _ADDED), 1
+        _launch(grid, kernels.add_up, (parts, added, y, passes * split, bias is not None, _ADDED))
+    return y[0]

@@ -33,30 +33,35 @@ def transform(x, channel_scale, signs, transformed, token_scale, BLOCK: Constant
     ct.store(transformed, (token, block), t.astype(transformed.dtype))
 
 
-def fields(plane, row, group, part, WIDTH, TILE, N):
-    """The fields of one plane [out, groups, bytes]: int32 [N, TILE]."""
+def fields(plane, row, group, part, WIDTH, COUNT, N):
+    """Fields of WIDTH bits from one plane [out, groups, bytes]: int32 [N, COUNT]."""
     PER = 8 // WIDTH
-    packed = ct.load(plane, (row, group, part), (N, 1, TILE // PER)).astype(ct.int32)
+    packed = ct.load(plane, (row, group, part), (N, 1, COUNT // PER)).astype(ct.int32)
     shifts = ct.arange(PER, dtype=ct.int32) * WIDTH
-    return ((packed.reshape((N, TILE // PER, 1)) >> shifts.reshape((1, 1, PER))) & (2**WIDTH - 1)).reshape((N, TILE))
+    return ((packed.reshape((N, COUNT // PER, 1)) >> shifts.reshape((1, 1, PER))) & (2**WIDTH - 1)).reshape((N, COUNT))
 
 
 @ct.kernel(num_worker_warps=8, occupancy=2)  # fewer registers than the compiler takes by itself: no spills
 def product(
     transformed, token_scale, low, high, weight_scale, table, bias, y: ct.IndexedWithInt64,
-    LOW: Constant, HIGH: Constant, BLOCK: Constant, GROUP: Constant, TILE: Constant, STEPS: Constant, BIAS: Constant,
-    M: Constant, N: Constant,
+    LOW: Constant, HIGH: Constant, EACH: Constant, BLOCK: Constant, GROUP: Constant, TILE: Constant, STEPS: Constant,
+    BIAS: Constant, M: Constant, N: Constant,
 ):  # fmt: skip
-    """y [split, tokens, out]: each part the sum over STEPS tiles of the inputs. low, high: planes of the codes."""
+    """y [split, tokens, out]: each part the sum over STEPS tiles of the inputs. low, high: planes of the codes.
+
+    table: fp16 levels by a code; where EACH is 2, pairs of them in an int32 by a pair of codes.
+    """
     row, token, part = ct.bid(0), ct.bid(1), ct.bid(2)
     total = ct.zeros((N, M), ct.float32)
     for step in range(STEPS):
         tile = part * STEPS + step
         group, within = tile // (GROUP // TILE), tile % (GROUP // TILE)
-        codes = fields(low, row, group, within, LOW, TILE, N)
+        codes = fields(low, row, group, within, LOW * EACH, TILE // EACH, N)
         if HIGH:
-            codes = codes | (fields(high, row, group, within, HIGH, TILE, N) << LOW)
+            codes = codes | (fields(high, row, group, within, HIGH * EACH, TILE // EACH, N) << (LOW * EACH))
         levels = ct.gather(table, codes, check_bounds=False)
+        if EACH == 2:
+            levels = ct.unpack_from_bytes(ct.pack_to_bytes(levels), ct.float16).reshape((N, TILE))
         t = ct.load(transformed, (tile, token), (TILE, M), order=(1, 0))
         if transformed.dtype == ct.float32:
             high_half, rest = halves(t)
@@ -71,3 +76,15 @@ def product(
     if BIAS:
         total = total + ct.load(bias, (row,), (N,)).astype(ct.float32).reshape((N, 1))
     ct.store(y, (part, token, row), total.transpose().reshape((1, M, N)).astype(y.dtype))
+
+
+@ct.kernel
+def add_up(parts: ct.IndexedWithInt64, bias, y: ct.IndexedWithInt64, PARTS: Constant, BIAS: Constant, N: Constant):
+    """y [1, tokens, out] = sum of parts [PARTS, tokens, out] + bias."""
+    token, row = ct.bid(0), ct.bid(1)
+    total = ct.zeros((1, 1, N), ct.float32)
+    for part in range(PARTS):
+        total = total + ct.load(parts, (part, token, row), (1, 1, N))
+    if BIAS:
+        total = total + ct.load(bias, (row,), (N,)).astype(ct.float32).reshape((1, 1, N))
+    ct.store(y, (0, token, row), total.astype(y.dtype))
