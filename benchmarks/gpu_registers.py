@@ -27,7 +27,7 @@ VARIANTS = {
     "1 token, 6 bits": replace(BASE, bits=(6,)),
     "1 token, 8 bits": replace(BASE, bits=(8,)),
     "1 token, 4+4 bits": replace(BASE, bits=(4, 4)),
-    "1 token, 14336 inputs": replace(BASE, padded_in=14336, warps=14),
+    "1 token, 14336 inputs": replace(BASE, padded_in=14336, fused=False, ring=6),
     "16 tokens": replace(BASE, column_tiles=4, fused=False, cluster=2),
 }
 HOPPER = {

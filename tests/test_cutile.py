@@ -29,7 +29,8 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="torch sees no CUDA device, or
 def linear(monkeypatch):
     """The backend; without a GPU its kernels run on numpy."""
     if ON_GPU:
-        return lambda x, qw, bias=None: kernels.linear(x, qw, bias, backend="cutile")
+        yield lambda x, qw, bias=None: kernels.linear(x, qw, bias, backend="cutile")
+        return
     fake = cutile_on_cpu.module()
     monkeypatch.setitem(sys.modules, "cuda.tile", fake)
     if find_spec("cuda") is not None:
