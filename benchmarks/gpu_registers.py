@@ -28,9 +28,10 @@ VARIANTS = {
     "1 token, 8 bits": replace(BASE, bits=(8,)),
     "1 token, 4+4 bits": replace(BASE, bits=(4, 4)),
     "1 token, 14336 inputs": replace(BASE, padded_in=14336, fused=False, ring=6),
-    "16 tokens": replace(BASE, column_tiles=4, fused=False, cluster=2),
+    "16 tokens": replace(BASE, column_tiles=4, fused=False),
 }
 HOPPER = {
+    "16 tokens, cluster": replace(BASE, column_tiles=4, fused=False, cluster=2),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
