@@ -50,6 +50,8 @@ static double rotated(const struct tqw_weight *w, const uint8_t *channel, const 
 
 static void *exactly(int64_t bytes) { return malloc((size_t)(bytes ? bytes : 1)); }
 
+static int ran[AVX512 + 1];  // instruction sets
+
 static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const int *bits, int64_t tokens, int dtype) {
     int64_t block = 128;
     struct tqw_weight w = {.out = out, .in = in, .rotation = rotation};
@@ -101,9 +103,15 @@ static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const i
         }
     }
     int failures = 0, best = detected_isa();
+#ifdef TQW_EVEX
+    int has_avxvnni = best == AVX512;
+#else
+    int has_avxvnni = best == AVXVNNI;
+#endif
     for (int isa = 0; isa <= best; isa++)
         for (int floats = 0; floats < 2; floats++) {
-            if ((best >= AVX2 && isa == NEON) || (isa == AVXVNNI && best != AVXVNNI)) continue;
+            if ((best >= AVX2 && isa == NEON) || (isa == AVXVNNI && !has_avxvnni)) continue;
+            ran[isa] = 1;
             memset(y, 0xff, (size_t)(tokens * out * element));
             failures += tqw_linear(&w, x, y, bias, tokens, dtype, FLOAT32, 1, isa, floats) != 0;
             for (int64_t i = 0; i < tokens * out; i++)
@@ -134,6 +142,9 @@ int main(void) {
                     cases++;
                 }
     failures += run(256, 70, 128, HADAMARD, widths[2], 300, FLOAT32);
-    printf("%d cases, best instruction set %d, %d failures\n", cases + 1, detected_isa(), failures);
+    printf("%d cases, instruction sets", cases + 1);
+    for (int isa = 0; isa <= AVX512; isa++)
+        if (ran[isa]) printf(" %d", isa);
+    printf(", %d failures\n", failures);
     return failures != 0;
 }

@@ -16,7 +16,7 @@ from test_triton import check
 from tqw import kernels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cutile
+from tqw.kernels import cutile, gpu
 from tqw.packing import PLANES
 from tqw.weight import QuantizedWeight, quantize
 
@@ -38,7 +38,7 @@ def linear(monkeypatch):
     monkeypatch.delitem(sys.modules, "tqw.kernels.cutile_kernels", raising=False)
     monkeypatch.delattr(kernels, "cutile_kernels", raising=False)
     monkeypatch.setattr(cutile, "_launch", cutile_on_cpu.launch)
-    monkeypatch.setattr(cutile, "_processors", lambda device: 4)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 4)
     yield lambda x, qw, bias=None: cutile.linear(x, qw, bias)
     sys.modules.pop("tqw.kernels.cutile_kernels", None)
 
@@ -79,7 +79,7 @@ def test_not_contiguous_and_more_dimensions(linear, rotation):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_parts_of_the_inputs_add_up(linear, tokens, bias, monkeypatch):
     """With few programs on a large GPU, parts of the inputs are summed afterwards; here always."""
-    monkeypatch.setattr(cutile, "_processors", lambda device: 1000)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1000)
     qw = make(40, 2048)
     x, b = torch.randn(tokens, 2048).to(DEVICE, torch.bfloat16), torch.randn(40).to(DEVICE, torch.bfloat16)
     check(linear(x, qw, b if bias else None), x, qw, b if bias else None)

@@ -7,7 +7,7 @@ import torch
 
 from tqw import kernels
 from tqw.config import QuantConfig
-from tqw.kernels import triton
+from tqw.kernels import gpu, triton
 from tqw.weight import QuantizedWeight, dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +63,7 @@ def test_not_contiguous_and_more_dimensions(rotation):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_parts_of_the_inputs_add_up(tokens, monkeypatch):
     """With few programs on a large GPU, parts of the inputs are summed afterwards; here always."""
-    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 1000)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1000)
     qw = make(40, 2048)
     x, bias = torch.randn(tokens, 2048).to(DEVICE, torch.bfloat16), torch.randn(40).to(DEVICE, torch.bfloat16)
     check(kernels.linear(x, qw, bias, backend="triton"), x, qw, bias)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tqw.codebook import levels
 from tqw.errors import TqwError
+from tqw.kernels import gpu
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -347,15 +348,9 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
     """None, or why this call needs another backend."""
     if not x.is_cuda:
         return f"x is on {x.device.type}, not on a CUDA device"
-    if x.dtype not in _TYPES:
-        return f"x is {x.dtype}, not float32, float16 or bfloat16"
-    if qw.packed[0].ndim != 2:
-        return f"the weight has {qw.packed[0].ndim} dimensions, not 2"
-    for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale):
-        if tensor.device != x.device:
-            return f"the weight is on {tensor.device}, x on {x.device}"
-        if not tensor.is_contiguous():
-            return "the weight is not contiguous"
+    reason = gpu.supports(x, qw)
+    if reason is not None:
+        return reason
     if any(tensor.data_ptr() % 16 for tensor in qw.packed):
         return "the packed codes do not start at a multiple of 16 bytes"
     return _missing() or _too_old(x.device.index)
@@ -705,7 +700,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
-    product = _shared_rotation if qw.shares_rotation and qw.rotation != "qr" else _by_pass
+    product = _by_pass if gpu.supports_rotation(qw) else _shared_rotation
     if torch.cuda.current_device() == x.device.index:  # to set the device costs as much as a launch
         return product(x, qw, bias).view(shape)
     with torch.cuda.device(x.device):
@@ -732,8 +727,9 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
 
 def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> str | None:
     """None, or why `experts` cannot compute this call or is not meant for it."""
-    if not qw.shares_rotation or qw.rotation == "qr":
-        return "its passes have different rotations or a stored matrix"
+    reason = gpu.supports_rotation(qw)
+    if reason is not None:
+        return reason
     count = qw.packed[0].shape[0]
     if ids.numel() > _PAIRS_PER_EXPERT * count and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return f"{ids.numel()} pairs for {count} experts: a product for each expert is faster"
@@ -780,6 +776,4 @@ def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def supports_embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> str | None:
     """None, or why this lookup needs another backend."""
-    if not qw.shares_rotation or qw.rotation == "qr":
-        return "its passes have different rotations or a stored matrix"
-    return supports(ids.new_empty(0, dtype=dtype), qw)
+    return gpu.supports_rotation(qw) or supports(ids.new_empty(0, dtype=dtype), qw)

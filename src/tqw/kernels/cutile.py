@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from tqw.codebook import levels
+from tqw.kernels import gpu
 from tqw.packing import PLANES
 from tqw.rotation import hadamard_matrix
 from tqw.weight import QuantizedWeight
 
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PAIRED = (2, 3, 4)  # widths whose table of pairs is at most 1 KB: half the loads, and asynchronous ones
 _ADDED = 512  # outputs that one program adds the parts of
 
@@ -62,23 +62,7 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
         return 'cuda-tile is not installed (pip install "tqw[cutile]")'
     if not x.is_cuda:
         return f"x is on {x.device.type}, not on a GPU"
-    if x.dtype not in _TYPES:
-        return f"x is {x.dtype}, not float32, float16 or bfloat16"
-    if qw.packed[0].ndim != 2:
-        return f"the weight has {qw.packed[0].ndim} dimensions, not 2"
-    if qw.rotation == "qr" or not qw.shares_rotation:
-        return "its passes have different rotations or a stored matrix"
-    for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale):
-        if tensor.device != x.device:
-            return f"the weight is on {tensor.device}, x on {x.device}"
-        if not tensor.is_contiguous():
-            return "the weight is not contiguous"
-    return None
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu.supports(x, qw) or gpu.supports_rotation(qw)
 
 
 @lru_cache(maxsize=16)
@@ -120,7 +104,9 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         return x.new_empty(shape)
     tiles = qw.padded_in // _tile(qw)
     with torch.cuda.device_of(x):
-        return _linear(x, qw, bias, settings(x.shape[0], qw.out_features, tiles, _processors(x.device))).view(shape)
+        return _linear(x, qw, bias, settings(x.shape[0], qw.out_features, tiles, gpu.multiprocessors(x.device))).view(
+            shape
+        )
 
 
 def _tile(qw: QuantizedWeight) -> int:

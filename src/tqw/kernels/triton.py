@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from tqw.codebook import levels
+from tqw.kernels import gpu
 from tqw.weight import QuantizedWeight
 
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TABLE_WIDTHS = (2, 3, 4, 5, 6)  # 8 bits: code - 128
 
 
@@ -58,18 +58,7 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
         return "triton is not installed"
     if not (x.is_cuda or _interpreted()):
         return f"x is on {x.device.type}, not on a GPU"
-    if x.dtype not in _TYPES:
-        return f"x is {x.dtype}, not float32, float16 or bfloat16"
-    if qw.packed[0].ndim != 2:
-        return f"the weight has {qw.packed[0].ndim} dimensions, not 2"
-    if qw.rotation == "qr" or not qw.shares_rotation:
-        return "its passes have different rotations or a stored matrix"
-    for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale):
-        if tensor.device != x.device:
-            return f"the weight is on {tensor.device}, x on {x.device}"
-        if not tensor.is_contiguous():
-            return "the weight is not contiguous"
-    return None
+    return gpu.supports(x, qw) or gpu.supports_rotation(qw)
 
 
 @lru_cache(maxsize=64)
@@ -78,14 +67,9 @@ def _tables(device: torch.device) -> Tensor:
     return torch.tensor([level for bits in _TABLE_WIDTHS for level in levels(bits)], dtype=torch.int8, device=device)
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _split(programs: int, tiles: int, device: torch.device) -> int:
     """Equal parts that the inputs are cut into, so that about two programs fill every multiprocessor."""
-    wanted = 2 * _multiprocessors(device) // programs
+    wanted = 2 * gpu.multiprocessors(device) // programs
     return next(
         split for split in (8, 4, 2, 1) if split == 1 or (split <= min(wanted, tiles // 4) and tiles % split == 0)
     )
