@@ -10,6 +10,7 @@ from conftest import tiny
 
 from tqw import cli, source
 from tqw.cli import main
+from tqw.compare import Comparison
 from tqw.pretrained import load
 
 
@@ -83,6 +84,23 @@ def test_compare_writes_a_report(model, capsys):
     assert json.loads((model / "report" / "report.json").read_text())["rows"] == document["rows"]
     assert (model / "report" / "kld_against_bits.png").read_bytes().startswith(b"\x89PNG")
     assert "report.html" in {file.name for file in (model / "report").iterdir()}
+
+
+def test_a_comparison_that_is_interrupted_keeps_the_rows_that_are_done(model, capsys, monkeypatch):
+    original = Comparison.recipe_row
+
+    def second_is_interrupted(self, recipe, keep=None):
+        if recipe.label == "5":
+            raise KeyboardInterrupt
+        return original(self, recipe, keep)
+
+    monkeypatch.setattr(Comparison, "recipe_row", second_is_interrupted)
+    arguments = ("compare", model / "float", "--configs", "4,5", "--text", model / "text.txt", "--context", "64",
+                 "--max-tokens", "128", "-o", model / "report", "--no-footprint")  # fmt: skip
+    code, _, _ = run(capsys, *arguments)
+    assert code == 130
+    rows = json.loads((model / "report" / "report.json").read_text())["rows"]
+    assert [row["config"] for row in rows] == ["float", "4"]
 
 
 def test_footprint_is_measured_in_a_new_process(model, capsys):
@@ -192,6 +210,7 @@ def test_compare_takes_targets(model, capsys):
         (("eval", "FLOAT", "--text", "TEXT", "--context", "5000"), "at least one window of 5000"),
         (("compare", "FLOAT", "--configs", "4,9", "--text", "TEXT", "--context", "64"), "bits as one of"),
         (("compare", "FLOAT", "--configs", "4:colour=red", "--text", "TEXT", "--context", "64"), "colour"),
+        (("compare", "FLOAT", "--configs", "4", "--text", "TEXT", "-o", "out.json"), "-o as a directory"),
         (("inspect", "FLOAT"), "tqw quantized"),
         (("verify", "FLOAT"), "tqw quantized"),
         (("bench", "--shapes", "12"), "NxK"),

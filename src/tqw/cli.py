@@ -287,6 +287,12 @@ def _comparison_table(title: str) -> tuple[Table, Callable[[Row], None]]:
     return table, announce
 
 
+def _expect_folder(output: Path) -> None:
+    """Before hours of work, not after."""
+    if output.suffix in (".json", ".html", ".png") or (output.exists() and not output.is_dir()):
+        raise TqwError(f"expected -o as a directory for report.json, report.html and the picture, got {output}")
+
+
 def _write_comparison(folder: Path, rows: list[Row], title: str, **extra: Any) -> dict[str, Any]:
     from tqw.report import document, page, plot, write_json
 
@@ -323,6 +329,7 @@ def compare(
     from tqw.evaluate import windows
     from tqw.source import find, load_float, load_tokenizer
 
+    _expect_folder(output)
     labels = [label.strip() for label in configs.split(",") if label.strip()]
     words, origin = _text(text)
     source = find(model)
@@ -330,11 +337,17 @@ def compare(
         loaded, tokenizer = load_float(source, device=device), load_tokenizer(source)
     ids = windows(tokenizer, words, context, max_tokens)
     table, announce = _comparison_table(f"{model}: {ids.numel()} tokens of {origin}, context {context}")
+    facts = {"model": model, "text": origin, "context": context, "tokens": ids.numel(), "group_size": group_size}
+    result: dict[str, Any] = {}
     with _progress() as progress:
         comparison = Comparison(loaded, tokenizer, ids, footprint, progress)
-        rows = comparison.run(labels, group_size, announce)
-    facts = {"model": model, "text": origin, "context": context, "tokens": ids.numel(), "group_size": group_size}
-    result = _write_comparison(output, rows, f"{model}: loss against size", **facts)
+
+        def keep(row: Row) -> None:  # what is done stays done, whatever happens to the next row
+            nonlocal result
+            announce(row)
+            result = _write_comparison(output, comparison.rows, f"{model}: loss against size", **facts)
+
+        comparison.run(labels, group_size, keep)
     _say(f"wrote {output}/report.json, report.html and kld_against_bits.png")
     _print_json(result) if as_json else _out.print(table)
 
@@ -443,6 +456,7 @@ def demo(
     """The whole story on a small real model (SmolLM2-135M-Instruct), in a few minutes on two CPU cores."""
     from tqw.demo import run
 
+    _expect_folder(output)
     words, origin = _text(None)
     table, announce = _comparison_table("SmolLM2-135M-Instruct")
     with _progress() as progress:

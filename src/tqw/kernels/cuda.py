@@ -353,6 +353,8 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
         return reason
     if any(tensor.data_ptr() % 16 for tensor in qw.packed):
         return "the packed codes do not start at a multiple of 16 bytes"
+    if any(tensor.data_ptr() % 4 for tensor in qw.weight_scale):
+        return "the weight scales do not start at a multiple of 4 bytes"
     return _missing() or _too_old(x.device.index)
 
 

@@ -20,7 +20,7 @@
 // CLUSTER    CTAs that bring T(x) together: 1, 2, 4 (not FUSED)
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
-// RING               turns whose codes are on their way
+// RING               tiles whose codes a warp has on their way
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
 // EXPERTS            1: row blockIdx.y of y is one token by expert ids[blockIdx.y] of stacked weights (decode)
@@ -604,7 +604,7 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, i64 row, i64
     stage_codes<W0>(to + h * 32 * W0, place(0), lane);
     if constexpr (W1 > 0) stage_codes<W1>(to + 64 * W0 + h * 32 * W1, place(1), lane);
   }
-  if constexpr (GROUPS % 2 == 0) {  // two scales of one row
+  if constexpr (GROUPS % 2 == 0) {  // two scales of one row, at a multiple of 4 bytes
     const u8* scales = (const u8*)(p.scale[I] + (t & 1 ? row1 : row) * GROUPS + k / GROUP / 2 * 2);
     if (t < 2) copy_async<4>(to + 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2), scales);
   } else if (t < 2) {  // 4 bytes around the scale of one row; none after the last scale is read
