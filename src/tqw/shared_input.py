@@ -99,7 +99,7 @@ class SharedInput:
 
     def _forget(self) -> None:
         self.misses = 0
-        self.channel_scales: tuple[Tensor, ...] = ()
+        self.compared: list[QuantizedWeight] = []
         self.usable = False
         self.joined: JoinedWeight | None = None
         self.ahead: tuple[weakref.ref[Tensor] | None, object, dict[int, Tensor]] = (None, None, {})
@@ -114,20 +114,19 @@ class SharedInput:
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
-        most = _MOST_TOKENS.get(x.device.type, 0)
-        if self.misses > _MOST_MISSES or x.shape.numel() > most * x.shape[-1]:
-            return None
         made_of, moment, waiting = self.ahead
-        now = _moment(x)
-        if made_of is not None and made_of() is x and moment == now and id(layer) in waiting:
+        if made_of is not None and made_of() is x and id(layer) in waiting and moment == _moment(x):
             return waiting.pop(id(layer))
+        most = _MOST_TOKENS["cpu"] if x.is_cpu else _MOST_TOKENS.get(x.device.type, 0)
+        if self.misses > _MOST_MISSES or x.numel() > most * x.shape[-1]:
+            return None
         self.misses += bool(waiting)
-        computed = self._on_cpu(x) if x.device.type == "cpu" else self._on_gpu(x)
+        computed = self._on_cpu(x) if x.is_cpu else self._on_gpu(x)
         if computed is None:
             return None
         outputs = dict(zip(map(id, self.layers), computed, strict=True))
         mine = outputs.pop(id(layer))
-        self.ahead = weakref.ref(x), now, outputs
+        self.ahead = weakref.ref(x), _moment(x), outputs
         return mine
 
     def _on_cpu(self, x: Tensor) -> Sequence[Tensor] | None:
@@ -157,10 +156,9 @@ class SharedInput:
         ]
 
     def _still_alike(self, weights: list[QuantizedWeight]) -> bool:
-        """Compared again only when a parameter was replaced."""
-        scales = tuple(scale for qw in weights for scale in qw.channel_scale)
-        if len(scales) != len(self.channel_scales) or not all(map(operator.is_, scales, self.channel_scales)):
-            self.channel_scales = scales
+        """Compared again only when a parameter was replaced: until then a layer keeps its weight."""
+        if len(weights) != len(self.compared) or not all(map(operator.is_, weights, self.compared)):
+            self.compared = weights
             self.usable = all(cpu.supports_rows(qw, torch.float32) is None for qw in weights) and all(
                 cpu.same_transform(weights[0], qw) for qw in weights[1:]
             )

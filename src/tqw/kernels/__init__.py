@@ -53,6 +53,8 @@ def arguments(qw: QuantizedWeight) -> tuple[list[Tensor], list[Tensor], list[Ten
 
 
 def _choose(x: Tensor, qw: QuantizedWeight) -> ModuleType:
+    if x.is_cpu and cpu.supports(x, qw) is None:  # without asking the GPU's: that costs as much as a small layer
+        return cpu
     return next(backend for backend in BACKENDS.values() if backend.supports(x, qw) is None)
 
 

@@ -193,7 +193,7 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
     library = _library()
     if isinstance(library, str):
         return library
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+    if not x.is_cpu or x.dtype not in _DTYPES:
         return f"expected a float32, bfloat16 or float16 input on the CPU, got {x.dtype} on {x.device}"
     arguments = _arguments(qw)
     return arguments if isinstance(arguments, str) else None
@@ -237,18 +237,21 @@ def same_transform(first: QuantizedWeight, other: QuantizedWeight) -> bool:
 
 def linears(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """[linear(x, qw, bias), ...] for at most MAX_FAMILY weights of the `same_transform`: x is transformed once."""
-    library, _ = _ready(weights[0])
     isa, exact = settings()
     x = x if x.is_contiguous() else x.contiguous()
-    every = [_ready(qw)[1] for qw in weights]
-    ys = [x.new_empty((*x.shape[:-1], arguments.out_features)) for arguments in every]
-    biases = [None if bias is None else bias.float().contiguous() for bias in biases]
-    array = _Pointer * len(every)
-    failed = library.tqw_linears(
-        array(*[arguments.pointer for arguments in every]), len(every), x.data_ptr(),
-        array(*[y.data_ptr() for y in ys]),
-        array(*[None if bias is None else bias.data_ptr() for bias in biases]),
-        x.numel() // every[0].in_features, _DTYPES[x.dtype], 0, torch.get_num_threads(), isa, exact,
+    ready = [_ready(qw) for qw in weights]
+    before, count = x.shape[:-1], len(ready)
+    ys = [x.new_empty((*before, arguments.out_features)) for _, arguments in ready]
+    addresses = (_Pointer * (3 * count))(*[arguments.pointer for _, arguments in ready], *[y.data_ptr() for y in ys])
+    floats = [None if bias is None else bias.float().contiguous() for bias in biases]  # kept until the call is over
+    for index, bias in enumerate(floats, 2 * count):
+        if bias is not None:
+            addresses[index] = bias.data_ptr()
+    first = ctypes.addressof(addresses)
+    size = ctypes.sizeof(_Pointer) * count
+    failed = ready[0][0].tqw_linears(
+        first, count, x.data_ptr(), first + size, first + 2 * size, x.numel() // ready[0][1].in_features,
+        _DTYPES[x.dtype], 0, torch.get_num_threads(), isa, exact,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"expected memory for the activations of an input {list(x.shape)}")
