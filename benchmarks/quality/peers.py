@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import tempfile
 import time
@@ -97,61 +98,92 @@ def sinq(weight: Tensor, method: str = "sinq", bits: int = 4) -> tuple[Tensor, i
     return Quantizer.dequantize(packed, meta).float(), stored_bytes([packed, meta])
 
 
-def torchao_intx(weight: Tensor, algorithm: str = "AFFINE", asymmetric: bool = True) -> tuple[Tensor, int]:
-    """torchao's int4 for CPUs. Its packed CPU layout holds 4-bit codes and zero points, so that is what is counted."""
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+def intx_config(algorithm: str = "AFFINE", asymmetric: bool = True) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
     from torchao.quantization.quant_primitives import MappingType
     from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import IntxChooseQParamsAlgorithm
 
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    config = IntxWeightOnlyConfig(
+    return IntxWeightOnlyConfig(
         weight_dtype=torch.int4,
         granularity=PerGroup(GROUP),
         mapping_type=MappingType.ASYMMETRIC if asymmetric else MappingType.SYMMETRIC,
         scale_dtype=torch.float16,
         intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm[algorithm],
     )
-    quantize_(layer, config)
+
+
+def torchao_intx(weight: Tensor, algorithm: str = "AFFINE", asymmetric: bool = True) -> tuple[Tensor, int]:
+    """torchao's int4 for CPUs. Its packed CPU layout holds 4-bit codes and zero points, so that is what is counted."""
+    from torchao.quantization import quantize_
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    quantize_(layer, intx_config(algorithm, asymmetric))
     tensor = layer.weight
     zero = tensor.zero_point.numel() / 2 if asymmetric else 0
     return tensor.dequantize().float(), int(tensor.qdata.numel() / 2 + stored_bytes(tensor.scale) + zero)
 
 
+def torchao_awq(model: Any, tokenizer: Any, ids: Tensor) -> Facts:
+    """torchao's AWQ: its observer and its search for the factor of each input, on its int4 for CPUs.
+
+    Only its last step is done here, dividing by the factors: it keeps them beside the int4 layouts for GPUs alone. One
+    16-bit factor an input is counted. The search runs on every fourth sequence (20 products of all inputs a layer).
+    """
+    from torchao.prototype.awq import AWQConfig
+    from torchao.quantization import quantize_
+
+    del tokenizer
+    chosen = {name for name, _ in linears(model)}
+    config = AWQConfig(intx_config(), step="prepare")
+    quantize_(model, config, filter_fn=lambda _, name: name in chosen)
+    feed(model, ids[::4])
+    size = count = 0
+    for name, module in list(linears(model)):
+        factor = module.act_obs.calculate_qparams()
+        dense, nbytes = torchao_intx(module.weight.data * factor)
+        layer = nn.Linear(module.in_features, module.out_features, bias=False)
+        layer.weight = nn.Parameter(dense / half(factor).float(), requires_grad=False)
+        model.set_submodule(name, layer)  # frees the observed inputs
+        size, count = size + nbytes + stored_bytes(half(factor)), count + dense.numel()
+    return {
+        "bits_per_weight": 8 * size / count,
+        "calibration": f"self-generated, {ids[::4].numel()} tokens",
+        "note": "asymmetric, on IntxWeightOnlyConfig; 8 of the 32 sequences",
+    }
+
+
 def torchao_int4(model: Any, tokenizer: Any, ids: Tensor, recipe: str = "hqq") -> Facts:
-    """torchao's Int4WeightOnlyConfig itself, with its hqq, GPTQ or AWQ recipe."""
+    """torchao's int4 weights by HQQ in its layout for CPUs (tinygemm: 4-bit codes, a scale and a zero point a group,
+    counted as 16-bit floats); the dense weight is what its kernel makes of the identity matrix. GPTQ needs CUDA."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    model.to(torch.bfloat16)
-    chosen = {module for _, module in linears(model)}
-    use = partial(
-        quantize_, filter_fn=lambda module, _: module in chosen or type(module).__name__ == "AWQObservedLinear"
-    )
-    plain = {"group_size": GROUP, "int4_packing_format": "plain"}
+    del tokenizer
+    chosen = {name for name, _ in linears(model)}
+    use = partial(quantize_, model, filter_fn=lambda _, name: name in chosen)
     if recipe == "hqq":
-        use(model, Int4WeightOnlyConfig(
-            group_size=GROUP, int4_packing_format="tile_packed_to_4d", int4_choose_qparams_algorithm="hqq"
-        ))  # fmt: skip
-    elif recipe == "gptq":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
+
+        algorithm = Int4ChooseQParamsAlgorithm.HQQ
+        use(PrototypeInt4WeightOnlyConfig(GROUP, algorithm, set_inductor_config=False))
+    else:
         from torchao.prototype.gptq import GPTQConfig
 
-        use(model, GPTQConfig(step="observe", base_config=Int4WeightOnlyConfig(**plain)))
+        use(GPTQConfig(step="observe", base_config=Int4WeightOnlyConfig(group_size=GROUP)))
         feed(model, ids)
-        use(model, GPTQConfig(step="convert", base_config=Int4WeightOnlyConfig(**plain)))
-    else:
-        from torchao.prototype.awq import AWQConfig
-
-        use(model, AWQConfig(Int4WeightOnlyConfig(**plain), step="prepare"))
-        feed(model, ids)
-        use(model, AWQConfig(Int4WeightOnlyConfig(**plain), step="convert"))
+        use(GPTQConfig(step="convert", base_config=Int4WeightOnlyConfig(group_size=GROUP)))
     size = count = 0
     for _, module in linears(model):
         tensor = module.weight
-        module.weight = nn.Parameter(tensor.dequantize().float(), requires_grad=False)
-        size += stored_bytes([tensor.qdata, tensor.scale, tensor.zero_point])
-        count += module.weight.numel()
-    model.float()
-    return {"bits_per_weight": 8 * size / count, "calibration": "none" if recipe == "hqq" else "self-generated"}
+        tensor.scale_and_zero = tensor.scale_and_zero.half()
+        dense = nn.functional.linear(torch.eye(tensor.shape[1], dtype=torch.float16), tensor).T.float()
+        size, count = size + stored_bytes([tensor.qdata, tensor.scale_and_zero]), count + dense.numel()
+        module.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+    return {
+        "bits_per_weight": 8 * size / count,
+        "calibration": "none" if recipe == "hqq" else f"self-generated, {ids.numel()} tokens",
+    }
 
 
 @torch.no_grad()
@@ -163,55 +195,55 @@ def feed(model: Any, ids: Tensor) -> None:
 def auto_round(model: Any, tokenizer: Any, ids: Tensor, iters: int = 50) -> Facts:
     """AutoRound W4A16: learned rounding and clipping, layer after layer; `iters` steps each (its own light recipe: 50).
 
-    bits: 4, an fp16 scale and a 4-bit zero point a group, which is what its export formats store.
+    amp=False keeps the model in float32, which it would make bfloat16 on CPUs. bits: 4, an fp16 scale and a 4-bit zero
+    point a group, which is what its export formats store.
     """
     from auto_round import AutoRound
 
     rounding = AutoRound(
         model, tokenizer, scheme="W4A16", group_size=GROUP, iters=iters, lr=5e-3 if iters <= 50 else None,
-        nsamples=len(ids), seqlen=ids.shape[1], batch_size=4, low_gpu_mem_usage=False, device_map="cpu",
-        dataset=[row[None] for row in ids],
+        nsamples=len(ids), seqlen=ids.shape[1], batch_size=8, low_gpu_mem_usage=False, device_map="cpu",
+        dataset=[row[None] for row in ids], amp=False,
     )  # fmt: skip
     rounding.quantize()
     return {
         "bits_per_weight": 4 + 20 / GROUP,
         "calibration": f"self-generated, {ids.numel()} tokens",
-        "note": f"iters={iters}",
+        "note": f"sym=True iters={iters}",
     }
 
 
 def gptqmodel(model: Any, tokenizer: Any, ids: Tensor, bits: int = 4, **settings: Any) -> Facts:
-    """GPTQModel: quantized and saved by its own code; the dense weights are computed from its saved tensors.
+    """GPTQModel: quantized, saved, loaded again and dequantized by its own code.
 
-    w = scale (code - zero), codes packed in int32 along the inputs, zeros along the outputs.
+    It would load a float32 model as bfloat16 on CPUs, so it is told not to. Its defaults are symmetric codes, damping
+    and groups ordered by activation (act_group_aware), which costs no bits; g_idx is counted where it says something.
     """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it stops on machines of one or two cores otherwise
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-    from safetensors.torch import load_file
 
+    del tokenizer
     with tempfile.TemporaryDirectory() as temporary:
         config = QuantizeConfig(bits=bits, group_size=GROUP, device="cpu", **settings)
-        quantizer = GPTQModel.load(model.name_or_path, config, device="cpu", backend=BACKEND.TORCH)
+        quantizer = GPTQModel.load(model.name_or_path, config, backend=BACKEND.TORCH, dtype=torch.float32)
         rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
         quantizer.quantize(rows, batch_size=4)
         quantizer.save(temporary)
-        tensors: dict[str, Tensor] = {}
-        for file in Path(temporary).glob("*.safetensors"):
-            tensors |= load_file(file)
-        entry = json.loads((Path(temporary) / "config.json").read_text())["quantization_config"]
-    offset = 0 if entry.get("checkpoint_format") == "gptq_v2" else 1
+        saved = GPTQModel.load(temporary, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+        modules = dict(saved.model.named_modules())
     size = count = 0
     for name, module in linears(model):
-        parts = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        codes = (parts["qweight"][:, None] >> shifts[None, :, None] & (2**bits - 1)).flatten(0, 1)
-        zeros = (parts["qzeros"][..., None] >> shifts & (2**bits - 1)).flatten(1) + offset
-        group = parts["g_idx"].long()
-        module.weight.data.copy_((parts["scales"].float()[group] * (codes - zeros[group])).T)
-        ordered = torch.equal(group, torch.arange(len(group)) // GROUP)
-        size += stored_bytes([parts["qweight"], parts["qzeros"], parts["scales"]] + ([] if ordered else [group.int()]))
-        count += module.weight.numel()
-    return {"bits_per_weight": 8 * size / count, "calibration": f"self-generated, {ids.numel()} tokens",
-            "note": f"saved as {entry.get('checkpoint_format')}"}  # fmt: skip
+        layer = modules[name]
+        ordered = torch.equal(layer.g_idx, torch.arange(len(layer.g_idx)) // GROUP)
+        kept = [layer.qweight, layer.qzeros, layer.scales, *([] if ordered else [layer.g_idx.int()])]
+        size, count = size + stored_bytes(kept), count + module.weight.numel()
+        module.weight.data.copy_(layer.float().dequantize_weight().T)
+    return {
+        "bits_per_weight": 8 * size / count,
+        "calibration": f"self-generated, {ids.numel()} tokens",
+        "note": f"sym={config.sym} desc_act={config.desc_act} act_group_aware={config.act_group_aware} "
+        f"damp_percent={config.damp_percent} mse={config.mse}",
+    }
 
 
 GGUF_NAMES = {
@@ -336,10 +368,13 @@ PEERS: dict[str, Peer] = {
     "torchao intx 4 hqq": weight_by_weight(partial(torchao_intx, algorithm="HQQ_SCALE_ONLY", asymmetric=False)),
     "torchao int4 hqq": partial(torchao_int4, recipe="hqq"),
     "torchao int4 GPTQ": partial(torchao_int4, recipe="gptq"),
-    "torchao int4 AWQ": partial(torchao_int4, recipe="awq"),
+    "torchao intx 4 AWQ": torchao_awq,
     "GPTQModel 4": gptqmodel,
     "GPTQModel 4 act-order": partial(gptqmodel, desc_act=True),
+    "GPTQModel 4 asymmetric": partial(gptqmodel, sym=False),
+    "GPTQModel 3 asymmetric": partial(gptqmodel, bits=3, sym=False),
     "auto-round 4": auto_round,
+    "auto-round 4, 200 steps": partial(auto_round, iters=200),
     **{f"llama.cpp {name}": partial(llama_cpp, file_type=number) for name, number in FILE_TYPES.items()},
     **{
         f"llama.cpp {name} imatrix": partial(llama_cpp, file_type=FILE_TYPES[name], imatrix=True)

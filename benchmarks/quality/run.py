@@ -42,10 +42,11 @@ FEEDBACK = (
 PEERS = (  # names of peers.py, the telling ones first
     "bitsandbytes NF4", "sinq 4", "sinq 4 NF4", "hqq 4", "torchao intx 4",
     "llama.cpp Q4_K_M", "llama.cpp Q4_K_M imatrix", "llama.cpp IQ4_XS", "llama.cpp IQ4_XS imatrix",
-    "llama.cpp Q5_K_M", "llama.cpp Q6_K", "llama.cpp Q8_0", "GPTQModel 4", "auto-round 4",
+    "llama.cpp Q5_K_M", "llama.cpp Q6_K", "llama.cpp Q8_0",
+    "GPTQModel 4", "GPTQModel 4 asymmetric", "GPTQModel 4 act-order", "auto-round 4", "auto-round 4, 200 steps",
     "llama.cpp IQ4_NL imatrix", "llama.cpp Q3_K_M imatrix", "llama.cpp Q5_K_M imatrix",
     "sinq 3", "hqq 3", "sinq 5", "sinq 6", "hqq 8", "torchao intx 4 hqq", "bitsandbytes NF4, double",
-    "torchao int4 hqq", "torchao int4 GPTQ", "torchao int4 AWQ", "GPTQModel 4 act-order",
+    "torchao int4 hqq", "torchao int4 GPTQ", "torchao intx 4 AWQ", "GPTQModel 3 asymmetric",
     "llama.cpp Q3_K_M", "llama.cpp IQ4_NL", "llama.cpp Q4_0", "llama.cpp Q5_0", "llama.cpp Q4_1",
 )  # fmt: skip
 
