@@ -165,6 +165,15 @@ def test_moments_are_those_of_the_quantized_prefix(name):
     assert moments("lm_head") is None
 
 
+def test_batches_of_different_lengths_count_by_their_tokens():
+    model, batches = tiny("llama"), [token_ids(3, 7), token_ids(2, 20)]
+    prefix, _ = decoder_layers(model)
+    x = torch.cat([inputs_of(model, f"{prefix}.0.self_attn.q_proj", ids) for ids in batches])
+    found = LayerMoments(model, batches)(f"{prefix}.0.self_attn.q_proj")
+    assert found is not None
+    assert torch.allclose(found.second, x.T @ x / len(x), atol=1e-5)
+
+
 def test_a_model_quantized_with_feedback_is_closer(tmp_path):
     dense = tiny("llama")
     dense.save_pretrained(tmp_path / "float")

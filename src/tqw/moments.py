@@ -10,7 +10,7 @@ float model's own hidden states, whose inputs are x0, walk beside them (GPTAQ, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +45,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class LayerInputs:
     """The hidden states of all sequences in front of one decoder layer, and what else each layer was called with."""
 
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor | Sequence[Tensor]) -> None:
         self.prefix, self.layers = decoder_layers(model)
         self.current = 0
         self.hidden: list[Tensor] = []  # of each batch
         self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # of each batch and layer
         device = next(model.parameters()).device
-        for batch in ids.split(_BATCH):
+        for batch in ids.split(_BATCH) if isinstance(ids, Tensor) else ids:
             self._capture(model, batch.to(device))
 
     @torch.no_grad()
@@ -119,9 +119,12 @@ class _Sums:
 
 
 class LayerMoments:
-    """moments(name) for weights of the decoder layers, asked for in model order; None for others."""
+    """moments(name) for weights of the decoder layers, asked for in model order; None for others.
 
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+    ids: sequences of one length, or batches of such: what a model usually reads, whole. No padding is known of.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor | Sequence[Tensor]) -> None:
         self.inputs = LayerInputs(model, ids)
         self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
         self.moments: dict[str, Moments] = {}
