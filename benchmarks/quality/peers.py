@@ -89,12 +89,16 @@ def hqq(weight: Tensor, bits: int = 4) -> tuple[Tensor, int]:
 
 
 def sinq(weight: Tensor, method: str = "sinq", bits: int = 4) -> tuple[Tensor, int]:
+    """SINQ. Layers of high kurtosis it codes uniformly and without its second scale (all ones), but sinq 0.2.0 would
+    still decode them as NF4 where that was asked for: such layers are decoded as what they are."""
     from sinq.quantizer import Quantizer
 
     packed, meta = Quantizer.quantize(
         weight, None, nbits=bits, group_size=GROUP, axis=1, device="cpu", tiling_mode="1D", method=method
     )
     meta = half({**meta, "compute_dtype": torch.float32})
+    if bool((meta["scale2"] == 1).all()):
+        meta["method"] = "rtn"
     return Quantizer.dequantize(packed, meta).float(), stored_bytes([packed, meta])
 
 

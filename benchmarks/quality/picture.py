@@ -1,6 +1,8 @@
 """Draws benchmarks/results/quality_peers.json: KLD (log scale) against true bits per weight, one colour a method.
 
 python benchmarks/quality/picture.py
+
+Every row is a point; the line of a method joins those of its points that no smaller one of its own beats.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ RESULT = Path(__file__).resolve().parent.parent / "results" / "quality_peers.jso
 # method -> (first words of its rows, colour, marker)
 METHODS = {
     "tqw, gptq": ("method=gptq", "#08415c", "D"),
+    "tqw, no data": ("calibrate=none", "#6db6d9", "d"),
     "tqw": ("tqw", "#0b6e99", "o"),
     "original recipe": ("original", "#888888", "X"),
     "llama.cpp, imatrix": ("imatrix", "#8c2d04", "^"),
@@ -29,11 +32,7 @@ METHODS = {
     "torchao": ("torchao", "#b8860b", "*"),
     "bitsandbytes": ("bitsandbytes", "#000000", "x"),
 }
-HIDDEN = (
-    "llama.cpp Q4_1",
-    "tqw 4:calibrate=none",
-    "tqw 4:method=gptq:calibrate=none",
-)  # the source's own grid; second points at the same size
+HIDDEN = ("llama.cpp Q4_1",)  # the source's own grid
 
 
 def method_of(config: str) -> str:
@@ -45,15 +44,17 @@ def main() -> None:
     document = json.loads(RESULT.read_text())
     rows = [row for row in document["rows"] if row.get("mean_kl_divergence") and row["config"] not in HIDDEN]
     lines: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["bits_per_weight"]):
+    for row in sorted(rows, key=lambda row: (row["bits_per_weight"], row["mean_kl_divergence"])):
         lines.setdefault(method_of(row["config"]), []).append(row)
     figure, axes = pyplot.subplots(figsize=(9, 6), dpi=130)
     for method, (_, color, marker) in METHODS.items():
         points = lines.get(method, [])
         if points:
-            xs, ys = [p["bits_per_weight"] for p in points], [p["mean_kl_divergence"] for p in points]
+            pairs = [(point["bits_per_weight"], point["mean_kl_divergence"]) for point in points]
+            best = [pair for i, pair in enumerate(pairs) if all(pair[1] < kld for _, kld in pairs[:i])]
             style = "-" if method.startswith("tqw") else ":"
-            axes.plot(xs, ys, linestyle=style, marker=marker, color=color, label=method, markersize=7, linewidth=1.2)
+            axes.plot(*zip(*best, strict=True), linestyle=style, color=color, linewidth=1.2)
+            axes.plot(*zip(*pairs, strict=True), linestyle="", marker=marker, color=color, label=method, markersize=7)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight of the decoder linears; scales, zero points and tables included")
     axes.set_ylabel("mean KL divergence from the float model (nats)")
