@@ -129,10 +129,10 @@ def torchao_intx(weight: Tensor, algorithm: str = "AFFINE", asymmetric: bool = T
 
 
 def torchao_awq(model: Any, tokenizer: Any, ids: Tensor) -> Facts:
-    """torchao's AWQ: its observer and its search for the factor of each input, on its int4 for CPUs.
+    """torchao's AWQ: its observer and its search for the factor of each input, on its plain int4 for CPUs.
 
-    Only its last step is done here, dividing by the factors: it keeps them beside the int4 layouts for GPUs alone. One
-    16-bit factor an input is counted. The search runs on every fourth sequence (20 products of all inputs a layer).
+    Only the last step is done here, dividing by the factors: that tensor type has no place for them, and the one that
+    has, tinygemm's, takes hours for the search. One 16-bit factor an input is counted. Every fourth sequence is used.
     """
     from torchao.prototype.awq import AWQConfig
     from torchao.quantization import quantize_
