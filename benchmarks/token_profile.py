@@ -1,14 +1,17 @@
 """Where the milliseconds of one generated token go: our layers, and everything else in transformers.
 
-python benchmarks/token_profile.py OUT       a directory that `tqw quantize` wrote
+    python benchmarks/token_profile.py MODEL [-o benchmarks/results/token_profile.json]
+
+MODEL: a directory that `tqw quantize` wrote. Medians over 60 tokens behind 128 others.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +19,17 @@ import torch
 from tqw.kernels import cpu
 from tqw.layer import QuantizedLinear
 from tqw.pretrained import load
+from tqw.report import document, write_json
 
 TOKENS = 60
 
 
-def main(folder: str) -> None:
-    model: Any = load(folder)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    model: Any = load(arguments.model)
     spent = {"layers": 0.0, "kernels": 0.0}
     inside = {"layers": False, "kernels": False}
 
@@ -50,9 +58,11 @@ def main(folder: str) -> None:
             output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
             rows.append((time.perf_counter() - start, spent["layers"], spent["kernels"]))
     total, layers, kernels = (1e3 * statistics.median(column) for column in zip(*rows, strict=True))
-    parts = f"kernels {kernels:.1f}, our Python around them {layers - kernels:.1f}, the rest {total - layers:.1f}"
-    print(f"one token {total:.1f} ms: {parts}")  # noqa: T201
+    row = {"kernels": kernels, "our_python": layers - kernels, "the_rest": total - layers, "one_token": total}
+    print(" ".join(f"{name} {value:.1f} ms" for name, value in row.items()))  # noqa: T201
+    if arguments.output:
+        write_json(arguments.output, document([row], unit="milliseconds", tokens=TOKENS))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
