@@ -314,7 +314,7 @@ def _model_card(report: QuantizationReport, source: Source | None) -> str:
         f"---\nlibrary_name: tqw\ntags: [tqw]\n{base}---\n\n"
         f"Weights quantized with [tqw](https://pypi.org/project/tqw) {_version()} to "
         f"{report.bits_per_weight():.3f} bits per weight (scales included).\n\n"
-        '```python\nimport tqw\nmodel = tqw.load("this directory")\n```\n'
+        '```python\nimport tqw\n\nmodel = tqw.load("this directory")\n```\n'
     )
 
 
