@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,7 @@ def main() -> None:
         for row in new:
             rows.append({"shape": arguments.shape, "bits": "4", **row})
             sys.stderr.write(f"{row}\n")
-        versions = {name.replace("-", "_"): _version(name) for name in ("cuda-tile", "nvidia-cuda-tileiras")}
-        write_json(arguments.output, document(rows, gpu=torch.cuda.get_device_name(), **versions))
+        write_json(arguments.output, document(rows))
 
     inputs = {tokens: torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16) for tokens in SETTINGS}
     exact = {tokens: functional.linear(x.double(), dense.double()) for tokens, x in inputs.items()}
@@ -132,13 +130,6 @@ def main() -> None:
             add(setting_rows(qw, x, exact[tokens], began + share * (index + 1)))
     for x in inputs.values():
         add(kernel_rows(qw, x))
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not a package"
 
 
 if __name__ == "__main__":

@@ -82,11 +82,11 @@ def rotate_heads(qkv: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
 
 def check_attention() -> None:
     """The cache's kernels against the definition, before anything is timed with them."""
-    position, angles = torch.full((1,), START, device="cuda"), torch.full((1,), START, device="cuda")
+    position = torch.full((1,), START, device="cuda")
     for batch in (1, 16):
         qkv = torch.randn(batch, 32 + 16, 128, device="cuda").bfloat16()
         cache = torch.randn(batch, 16, CACHE, 128, device="cuda").bfloat16()
-        turned = rope(qkv[:, None], angles)[:, 0]
+        turned = rope(qkv[:, None], position)[:, 0]
         y = attend_to_cache(qkv, position, cache)
         torch.testing.assert_close(cache[:, :8, START], turned[:, 32:40], rtol=2e-2, atol=2e-2)
         assert torch.equal(cache[:, 8:, START], qkv[:, 40:])

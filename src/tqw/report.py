@@ -26,6 +26,8 @@ from tqw.errors import TqwError
 _VERSIONED = (
     "tqw",
     "torch",
+    "cuda-tile",
+    "nvidia-cuda-tileiras",
     "transformers",
     "safetensors",
     "bitsandbytes",

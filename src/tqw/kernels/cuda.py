@@ -396,15 +396,14 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     """The variant of the decode kernel for a few tokens. Measured on one H100."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
     many, wide = strips > 6 * device.multiprocessors, tiles > 64
-    fused = base.experts or (
-        tokens <= 2 and not wide
-    )  # with more inputs it takes too long to transform them in every CTA
+    # one launch, unless it takes too long to transform all inputs in every CTA
+    fused = base.experts or (tokens <= 2 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and tokens > 2 and strips >= 8
     return replace(
         base,
         column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
         fused=fused,
-        cluster=2 if multicast and not fused else 1,
+        cluster=2 if multicast else 1,
         warps=_warps(tiles),
         ring=6 if wide and not fused else 4 if many and tokens <= 4 else 2 if fused or tokens > 8 else 3,
         small=out < 16,

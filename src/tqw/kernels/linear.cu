@@ -337,15 +337,6 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-#endif
-// The place of `mine` in the shared memory of another CTA of the cluster.
-__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  return address;
-}
-
-#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -359,16 +350,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// The barrier expects the bytes already.
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-// To the same place of every CTA of the cluster, whose barriers are in the same place, too.
+// To the same place of every CTA of the cluster; their barriers, in the same place too, expect the bytes already.
 __device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, int bytes, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
@@ -428,9 +410,10 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
 
 static constexpr int TILES = IN_PADDED / TILE, GROUPS = IN_PADDED / GROUP;
 
-__host__ __device__ constexpr int words_of(int bits, int plane) {
-  return plane < plane_count(bits) ? (LANE * plane_width(bits, plane) + 31) / 32 : 0;
+__host__ __device__ constexpr int lane_bytes(int bits, int plane) {
+  return plane < plane_count(bits) ? LANE * plane_width(bits, plane) / 8 : 0;
 }
+__host__ __device__ constexpr int words_of(int bits, int plane) { return (lane_bytes(bits, plane) + 3) / 4; }
 __host__ __device__ constexpr int words_before(int pass) {
   int total = 0;
   for (int i = 0; i < pass; i++) total += words_of(WIDTHS[i], 0) + words_of(WIDTHS[i], 1);
@@ -459,7 +442,7 @@ __device__ __forceinline__ void load_stream(u32* words, const u8* from) {
 template <int I>
 __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0, int row1, int k, int t) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), COUNT = plane_count(B);
-  constexpr int W0 = LANE * plane_width(B, 0) / 8, W1 = LANE * plane_width(B, 1) / 8;
+  constexpr int W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1);
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -542,10 +525,6 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #ifndef COLUMNS
 static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
 static constexpr int ACROSS = WARPS * TILE;   // inputs from one tile of a warp to its next
-
-__host__ __device__ constexpr int lane_bytes(int bits, int plane) {
-  return plane < plane_count(bits) ? LANE * plane_width(bits, plane) / 8 : 0;
-}
 
 // A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
 // g + 8, and a word for each row that holds its scale.

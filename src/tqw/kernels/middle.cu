@@ -32,6 +32,13 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
 
+// The place of `mine` in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  return address;
+}
+
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
   __shared__ float most_of_warp[8], most_of_cta[SPREAD];
@@ -109,6 +116,15 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 
 // ------------------------------------------------------------------------------------------------- the instructions
 
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// The barrier expects the bytes already.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // K-major B with rows of 128 bytes, 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
