@@ -31,7 +31,7 @@ VARIANTS = {
     "16 tokens": replace(BASE, column_tiles=4, fused=False),
 }
 HOPPER = {
-    "16 tokens, cluster": replace(BASE, column_tiles=4, fused=False, cluster=2),
+    "16 tokens, split inputs": replace(BASE, column_tiles=4, fused=False, split=2, share=8),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),

@@ -98,7 +98,7 @@ def test_graph_capture_and_embedding():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_compiles_without_a_gpu(arch):
-    variant = cuda.Variant((3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4)
+    variant = cuda.Variant((3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4, share=4)
     cubin, log = cuda.compile_with_log(variant.source(), arch)
     assert cubin[:4] == b"\x7fELF"
     assert log.count("bytes spill stores") == 3
@@ -121,7 +121,7 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens):
 
 
 def test_expert_kernel_compiles_without_spills():
-    base = cuda.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, cluster=2, experts=True)
+    base = cuda.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, split=2, share=8, experts=True)
     _, log = cuda.compile_with_log(base.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 

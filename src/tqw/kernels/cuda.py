@@ -83,15 +83,19 @@ class Variant:
     column_tiles: int = 1
     fused: bool = True
     cluster: int = 1
+    split: int = 1
     warps: int = 16
+    share: int = 16
     ring: int = 1
+    early: int = 1
+    unroll: int = 1
+    halves: bool = False
     min_ctas: int = 1
     small: bool = False
     experts: bool = False
     fp8: bool = False
     columns: int = 0  # of middle.cu; 0: not part of the module
     warpgroups: int = 1
-    split: int = 1
     stages: int = 4
     spread: int = 1
 
@@ -101,16 +105,16 @@ class Variant:
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate and not self.fp8),
             "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
             "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
-            "CLUSTER": self.cluster, "WARPS": self.warps,
-            "TURNS": -(-self.padded_in // self.tile // self.warps), "RING": self.ring, "MIN_CTAS": self.min_ctas,
+            "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
+            "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
+            "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
         files = ["linear.cu"]
         if self.columns:
             macros |= {
-                "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "SPLIT": self.split, "STAGES": self.stages,
-                "SPREAD": self.spread,
+                "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
                 **_wgmma(self.columns),
             }  # fmt: skip
             files.append("middle.cu")
@@ -120,7 +124,8 @@ class Variant:
         """Dynamic shared memory of the decode kernel: ring, barrier, warp sums, planes, plane scales."""
         ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + 64 for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
-        planes = tokens * (2 * (self.padded_in + 16) + 4 * (self.padded_in // self.tile))
+        of_rank = self.padded_in // self.split
+        planes = tokens * (2 * (of_rank + 16) + 4 * (of_rank // self.tile))
         return ring + 16 + sums + planes
 
     def ring_bytes(self) -> int:
@@ -384,12 +389,13 @@ class _Plan:
     batch: int = 1
 
 
-def _warps(tiles: int) -> int:
-    """Warps of a CTA that share a strip's tiles evenly: about 16."""
-    if tiles <= 20:
-        return tiles
-    turns = {warps: -(-tiles // warps) for warps in range(8, 21)}
-    return min(turns, key=lambda w: turns[w] * w / tiles + 0.01 * abs(w - 16))
+def _shares(tiles: int, strips: int) -> tuple[int, int]:
+    """Warps of a CTA, about 16, and how many of them share the tiles of each of its `strips` evenly."""
+    if strips == 1 and tiles <= 20:
+        return tiles, tiles
+    turns = {share: -(-tiles // share) for share in range(1, 21) if 8 <= share * strips <= 20 and share <= tiles}
+    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16))
+    return share * strips, share
 
 
 def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
@@ -398,14 +404,18 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     many, wide = strips > 6 * device.multiprocessors, tiles > 64
     # one launch, unless it takes too long to transform all inputs in every CTA
     fused = base.experts or (tokens <= 2 and not wide)
-    multicast = device.arch.startswith(("sm_90", "sm_100")) and tokens > 2 and strips >= 8
+    split = 1
+    warps, share = _shares(tiles // split, split)
     return replace(
         base,
         column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
         fused=fused,
-        cluster=2 if multicast else 1,
-        warps=_warps(tiles),
+        split=split,
+        warps=warps,
+        share=share,
         ring=6 if wide and not fused else 4 if many and tokens <= 4 else 2 if fused or tokens > 8 else 3,
+        early=9,
+        halves=tokens <= 8,
         small=out < 16,
     )
 
@@ -415,18 +425,19 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
 
     pairs: so many times one token, each with an expert of its own.
     """
-    limit, strips = device.shared_bytes, -(-out // 16)
+    limit = device.shared_bytes
     while variant.shared_bytes(tokens, 1) > limit:
         if variant.ring == 1:
             return None
         variant = replace(variant, ring=variant.ring - 1)
-    cluster, function = variant.cluster, _function(variant, "tqw_decode", device)
-    resident = max(cluster, _resident(function, 32 * variant.warps, cluster, device) // pairs // cluster * cluster)
-    grid = min(-(-strips // cluster) * cluster, resident)
-    batches = range(min(8, -(-strips // grid)), 0, -1)  # strips for one barrier: the most that fit
+    cluster, function = max(variant.cluster, variant.split), _function(variant, "tqw_decode", device)
+    sets = -(-out // 16 // (variant.warps // variant.share))
+    resident = max(1, _resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
+    across = min(-(-sets // cluster) * cluster if cluster > variant.split else sets, resident)  # CTAs or split CTAs
+    batches = range(min(8, -(-sets // across)), 0, -1)  # sets of strips for one barrier: the most that fit
     batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
     shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(function, (grid, pairs), 32 * variant.warps, shared, device, cluster)
+    decode = _Launch(function, (across * variant.split, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
     items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile
@@ -436,13 +447,13 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
 
 @lru_cache(maxsize=512)
 def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int:
-    """CTAs that run at once, one on a multiprocessor: not all multiprocessors can be grouped in clusters."""
+    """Clusters that run at once, a CTA on a multiprocessor: not all multiprocessors can be grouped in clusters."""
     if cluster == 1:
         return device.multiprocessors
     driver = import_module("cuda.bindings.driver")
     config = _config((cluster, 1), threads, device.shared_bytes, cluster, 0, False)
     clusters = _checked(driver.cuOccupancyMaxActiveClusters(function, config), "cuOccupancyMaxActiveClusters")
-    return cluster * clusters
+    return clusters
 
 
 def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:

@@ -17,10 +17,12 @@
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
 // NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
-// CLUSTER    CTAs that bring T(x) together: 1, 2, 4 (not FUSED)
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
-// WARPS, TURNS       warps of a CTA, tiles of a strip that one warp takes: warp, warp + WARPS, ...
-// RING               tiles whose codes a warp has on their way
+// CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many that share the inputs, or 1: all have all (1, 1 before sm_90)
+// WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
+// RING, EARLY        tiles whose codes a warp has on their way, and those that it asks for before x
+// UNROLL             turns side by side in the loop: its instructions should fit in their cache
+// HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
 // EXPERTS            1: row blockIdx.y of y is one token by expert ids[blockIdx.y] of stacked weights (decode)
@@ -196,21 +198,29 @@ __host__ __device__ constexpr bool splits(int bits) {
   return true;
 }
 static_assert(splits(4), "decode_halves");
-// Two words of a table for `decode_halves`, in registers that the compiler cannot take for constants to be made anew.
+// Words of the table of 4 bits, in registers that the compiler cannot take for constants to be made anew.
 struct Tables {
-  u32 lower, upper;
+  u32 a, b, keep;
 };
-__device__ __forceinline__ Tables tables() {
-  return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z};  // threadIdx.z is 0
+__device__ __forceinline__ Tables tables() {  // threadIdx.z is 0
+  if (HALVES) return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z, 0u};
+  return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() ^ threadIdx.z, 0x32103210u ^ threadIdx.z};
 }
 // `decode` of 4 bits as a sum, for less work: a permute whose selector has bit 3 set gives 8 times the sign of the byte.
-// Codes below 8, with negative levels, are looked up by `lower`, which makes -1 of the others; these are looked up, one
-// more than they are, by `upper`, which makes 0 of the former. Level = low + high: two products instead of one.
+// Codes below 8, with negative levels, are looked up by `a`, which makes -1 of the others; these are looked up, one more
+// than they are, by `b`, which makes 0 of the former. Level = low + high: two products instead of one.
 __device__ __forceinline__ void decode_halves(const Tables& tables, u32 q, u32* low, u32* high) {
   constexpr u32 LOWER = table_word<4, 4>(), UPPER = table_word<4, 12>() + 0x01010101u;
   u32 other = q ^ 0x88888888u;
-  low[0] = permute(tables.lower, LOWER, q), high[0] = permute(tables.upper, UPPER, other);
-  low[2] = permute(tables.lower, LOWER, q >> 16), high[2] = permute(tables.upper, UPPER, other >> 16);
+  low[0] = permute(tables.a, LOWER, q), high[0] = permute(tables.b, UPPER, other);
+  low[2] = permute(tables.a, LOWER, q >> 16), high[2] = permute(tables.b, UPPER, other >> 16);
+}
+// `decode` of 4 bits with the words of `tables`.
+__device__ __forceinline__ void decode_whole(const Tables& tables, u32 q, u32* levels) {
+  constexpr u32 LOWER = table_word<4, 4>(), UPPER = table_word<4, 12>();
+  u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, tables.keep);
+  levels[0] = permute(permute(tables.a, LOWER, low), permute(tables.b, UPPER, low), top);
+  levels[2] = permute(permute(tables.a, LOWER, low >> 16), permute(tables.b, UPPER, low >> 16), top >> 16);
 }
 
 // Byte offset within a row of the codes that lane t reads of the tile at input k.
@@ -350,7 +360,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// To the same place of every CTA of the cluster; their barriers, in the same place too, expect the bytes already.
+// The barrier expects the bytes already.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+#if CLUSTER > SPLIT
+// To the same place of every CTA of the cluster, whose barriers are in the same place, too.
 __device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, int bytes, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
@@ -359,15 +376,21 @@ __device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, int b
       : "memory");
 }
 #endif
+#endif
+// To the shared memory of any CTA of the cluster.
+__device__ __forceinline__ void store_shared(u32 to, float value) {
+#if SPLIT > 1
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+#else
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+#endif
+}
 
-// T(x) of inputs k to k + 8 of one token; the BLOCK / 8 lanes of a block do it together. Two int8 planes and, for each
-// tile, a scale. tile: the only one to be stored, or -1.
-__device__ __forceinline__ void transform(const Params& p, int token, int k, int tile, u8* high, u8* low, float* scales) {
-  int lane = threadIdx.x & 31;
-  float v[8];
-  scaled_inputs(p, token, k, v);
+// T(x) of inputs k to k + 8 of one token from v = a * x; the BLOCK / 8 lanes of a block do it together. Two int8 planes
+// and, for each tile, a scale. tile: the only one to be stored, or -1.
+__device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* high, u8* low, float* scales) {
 #if ROTATE
-  hadamard(v, lane);
+  hadamard(v, threadIdx.x & 31);
 #endif
   float most = 0.f;
 #pragma unroll
@@ -400,10 +423,11 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
   constexpr int CHUNKS = (IN_PADDED + 255) / 256;
   int item = blockIdx.x * 8 + threadIdx.x / 32;
   if (item >= CHUNKS * p.tokens) return;
-  int token = item / CHUNKS;
+  int token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
   u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
-  transform(p, token, item % CHUNKS * 256 + (threadIdx.x & 31) * 8, -1, high, high + IN_PADDED,
-            p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  float v[8];
+  scaled_inputs(p, token, k, v);
+  transform(v, k, -1, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -455,21 +479,14 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
   if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
 
-static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
-__device__ __forceinline__ float magic_to_float(int sum) { return __int_as_float(sum) - 12582912.f; }
-
 // total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
 __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& unit, const u8* const* columns,
                                               const float* x_scale, float (*total)[2]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
-  constexpr bool HALVES = B == 4 && NT <= 2;  // beyond, the products weigh more than the decoding
-  int c[NT][4], d[NT][4];
+  int c[NT][4];
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    c[n][0] = c[n][1] = c[n][2] = c[n][3] = MAGIC;  // 128^3 < 2^22: still a float's mantissa
-    if (HALVES) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
-  }
+  for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
   constexpr int AT_ONCE = STEPS < 2 ? 1 : 2;
 #pragma unroll
   for (int step = 0; step < STEPS; step += AT_ONCE) {
@@ -479,12 +496,15 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
-      if constexpr (HALVES) {
+      if constexpr (B == 4 && HALVES) {
         u32 high[4];
         decode_halves(tables, unit.codes[0][FIRST + step + s], a, high);
         decode_halves(tables, unit.codes[1][FIRST + step + s], a + 1, high + 1);
 #pragma unroll
-        for (int n = 0; n < NT; n++) multiply(d[n], high, b[n][2 * s], b[n][2 * s + 1]);
+        for (int n = 0; n < NT; n++) multiply(c[n], high, b[n][2 * s], b[n][2 * s + 1]);
+      } else if constexpr (B == 4) {
+        decode_whole(tables, unit.codes[0][FIRST + step + s], a);
+        decode_whole(tables, unit.codes[1][FIRST + step + s], a + 1);
       } else {
         decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
         decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
@@ -493,17 +513,11 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
   }
-  if constexpr (HALVES) {
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) c[n][i] += d[n][i];
-  }
   float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    total[n][0] = fmaf(s0 * x_scale[n], fmaf(256.f, magic_to_float(c[n][0]), magic_to_float(c[n][1])), total[n][0]);
-    total[n][1] = fmaf(s1 * x_scale[n], fmaf(256.f, magic_to_float(c[n][2]), magic_to_float(c[n][3])), total[n][1]);
+  for (int n = 0; n < NT; n++) {  // 256 * 128^3 < 2^30
+    total[n][0] = fmaf(s0 * x_scale[n], (float)(256 * c[n][0] + c[n][1]), total[n][0]);
+    total[n][1] = fmaf(s1 * x_scale[n], (float)(256 * c[n][2] + c[n][3]), total[n][1]);
   }
   if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(tables, unit, columns, x_scale, total);
 }
@@ -523,8 +537,12 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 }
 
 #ifndef COLUMNS
-static constexpr int PITCH = IN_PADDED + 16;  // 16: two columns share no bank
-static constexpr int ACROSS = WARPS * TILE;   // inputs from one tile of a warp to its next
+static_assert(TILES % SPLIT == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
+static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  // of one CTA
+static constexpr int STRIPS = WARPS / SHARE;                                   // that a CTA works on at once
+static constexpr int TURNS = (RANK_TILES + SHARE - 1) / SHARE;                 // tiles of a strip that one warp takes
+static constexpr int PITCH = RANK_IN + 16;   // 16: two columns share no bank
+static constexpr int ACROSS = SHARE * TILE;  // inputs from one tile of a warp to its next
 
 // A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
 // g + 8, and a word for each row that holds its scale.
@@ -565,57 +583,64 @@ __device__ __forceinline__ void read_codes(u32* words, const u8* from, int lane)
   }
 }
 
-// Begin to copy tile `turn` of the warp, rows `row` and `row1`. Where the place of a tile's codes is linear in its
-// number, all turns of a strip share their addresses but for constants.
+// What a lane reads, but for the strip and the turn: its rows within a strip, the first input of its warp's first tile.
+struct Place {
+  int lane, rows[2], first;
+};
+// Number of the group that holds the tile of a turn.
+__device__ __forceinline__ int group_of(int first, int turn) {
+  return ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : (first + turn * ACROSS) / GROUP;
+}
+
+// Begin to copy a warp's tile of the strip that begins at `row`. What depends on the lane is a 32-bit offset, which stays
+// the same for all strips and, where the place of codes is linear in the tile's number, for all turns but for a constant.
 template <int I>
-__device__ __forceinline__ void stage_turn(const Params& p, u32 to, i64 row, i64 row1, int turn, int warp, int lane) {
+__device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int turn, const Place& place) {
   constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1);
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
   constexpr bool LINEAR = plane_count(B) == 1 || GROUP == TILE;
-  int t = lane & 3, first = warp * TILE, k = first + turn * ACROSS;
-  to += staged_bytes(I);
+  int lane = place.lane, t = lane & 3;
+  const u8* codes = p.packed[I] + row * STRIDE;
+  auto offset = [&](int plane) {
+    return LINEAR ? code_offset(B, plane, place.first, t) + turn * (ACROSS / 8 * B)
+                  : code_offset(B, plane, place.first + turn * ACROSS, t);
+  };
+  u32 at = to + staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const u8* codes = p.packed[I] + (h ? row1 : row) * STRIDE;
-    auto place = [&](int plane) {
-      return LINEAR ? codes + code_offset(B, plane, first, t) + turn * (ACROSS / 8 * B) : codes + code_offset(B, plane, k, t);
-    };
-    stage_codes<W0>(to + h * 32 * W0, place(0), lane);
-    if constexpr (W1 > 0) stage_codes<W1>(to + 64 * W0 + h * 32 * W1, place(1), lane);
+    u32 of_row = place.rows[h] * (u32)STRIDE;
+    stage_codes<W0>(at + h * 32 * W0, codes + (of_row + offset(0)), lane);
+    if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (of_row + offset(1)), lane);
   }
+  at += 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2);
+  u32 number = (t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + group_of(place.first, turn);
+  const u16* scales = p.scale[I] + (i64)row * GROUPS;
   if constexpr (GROUPS % 2 == 0) {  // two scales of one row, at a multiple of 4 bytes
-    const u8* scales = (const u8*)(p.scale[I] + (t & 1 ? row1 : row) * GROUPS + k / GROUP / 2 * 2);
-    if (t < 2) copy_async<4>(to + 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2), scales);
+    if (t < 2) copy_async<4>(at, scales + number / 2 * 2);
   } else if (t < 2) {  // 4 bytes around the scale of one row; none after the last scale is read
-    i64 scale = (i64)(p.scale[I] + (t ? row1 : row) * GROUPS +
-                      (ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : k / GROUP));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2)),
-                 "l"(scale & ~3ll), "r"(2 + (int)(scale & 2))
+    i64 scale = (i64)(scales + number);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(scale & ~3ll), "r"(2 + (int)(scale & 2))
                  : "memory");
   }
-  if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to - staged_bytes(I), row, row1, turn, warp, lane);
+  if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to, row, turn, place);
 }
 // What stage_turn has brought.
 template <int I>
-__device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit& unit, i64 row, i64 row1, int turn, int warp,
-                                          int lane) {
+__device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit& unit, int row, int turn,
+                                          const Place& place) {
   constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1), FIRST = words_before(I);
   const u8* mine = from + staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    read_codes<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0, lane);
-    if constexpr (W1 > 0) read_codes<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1, lane);
-    int number = (warp * TILE + turn * ACROSS) / GROUP;
-    if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (int)(h ? row1 : row) * GROUPS;
-    unit.scales[h][I] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (lane >> 2) + 2 * (number & 1));
+    read_codes<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0, place.lane);
+    if constexpr (W1 > 0) read_codes<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1, place.lane);
+    int number = group_of(place.first, turn);
+    if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (row + place.rows[h]) * GROUPS;
+    unit.scales[h][I] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (place.lane >> 2) + 2 * (number & 1));
   }
-  if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, row1, turn, warp, lane);
+  if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, turn, place);
 }
 
-// A CTA owns every gridDim-th strip of 16 rows (the last one may overlap the one before it: the same values twice). Its
-// warps share the strip's tiles and leave their sums in shared memory, which one barrier for every p.batch strips adds
-// up (two buffers: no second barrier). Each warp has the codes of its next RING tiles on their way to shared memory, where
-// only it reads them, so the memory never waits for a barrier.
 #if EXPERTS
 // The parameters of row blockIdx.y: those of one token and one expert.
 __device__ __forceinline__ Params of_expert(const Params& all) {
@@ -634,6 +659,83 @@ __device__ __forceinline__ Params of_expert(const Params& all) {
 }
 #endif
 
+// T(x) of a CTA's inputs in shared memory.
+struct Inputs {
+  u8* planes;     // [tokens][2][PITCH]
+  float* scales;  // [tokens][RANK_TILES]
+};
+
+// T(x) by the warps that need it: with one strip at a time no other warp reads what a warp writes, and none waits.
+// `meanwhile` begins the copies that need not come before x.
+template <class F>
+__device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& to, int rank, int warp, int lane, F meanwhile) {
+  constexpr int AT_ONCE = 256 / BLOCK, LANES = BLOCK / 8;
+  constexpr bool ALONE = STRIPS == 1;
+  int items = ALONE ? TURNS * p.tokens : RANK_TILES * p.tokens;
+  auto locate = [&](int i, int& token, int& tile, int& k) {
+    int item = i + lane / LANES;
+    token = item / (ALONE ? TURNS : RANK_TILES);
+    tile = ALONE ? warp + item % TURNS * SHARE : item % RANK_TILES;
+    bool mine = token < p.tokens && tile < RANK_TILES;
+    if (!mine) token = 0;
+    tile += rank * RANK_TILES;
+    k = mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED;
+  };
+  int step = ALONE ? AT_ONCE : WARPS * AT_ONCE, i = ALONE ? 0 : warp * AT_ONCE, token, tile, k;
+  float v[8];
+  locate(i, token, tile, k);
+  scaled_inputs(p, token, k, v);
+  meanwhile();
+#pragma unroll 1
+  while (i < items) {
+    u8* high = to.planes + 2 * token * PITCH - rank * RANK_IN;
+    int now = token, now_tile = tile, now_k = k;
+    float w[8];
+    i += step;
+    locate(i, token, tile, k);
+    scaled_inputs(p, token, k, w);
+    transform(v, now_k, now_tile, high, high + PITCH, to.scales + now * RANK_TILES - rank * RANK_TILES);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = w[j];
+  }
+  if constexpr (ALONE)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
+// T(x) as tqw_transform has left it.
+__device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x < 32) {
+#if CLUSTER > SPLIT  // each CTA brings its share to all
+    for (int i = threadIdx.x * CLUSTER + blockIdx.x % CLUSTER; i < 2 * p.tokens; i += 32 * CLUSTER)
+      copy_bulk_to_all(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED, IN_PADDED, arrived);
+#else
+    for (int i = threadIdx.x; i < 2 * p.tokens; i += 32)
+      copy_bulk(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED + rank * RANK_IN, RANK_IN, arrived);
+#endif
+  }
+#else
+  constexpr int PIECES = RANK_IN / 16;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
+    *(uint4*)(to.planes + i / PIECES * PITCH + 16 * (i % PIECES)) =
+        *(const uint4*)(p.planes + (i64)(i / PIECES) * IN_PADDED + rank * RANK_IN + 16 * (i % PIECES));
+#endif
+  for (int i = threadIdx.x; i < RANK_TILES * p.tokens; i += WARPS * 32)
+    to.scales[i] = p.plane_scale[(i64)(i / RANK_TILES) * TILES + rank * RANK_TILES + i % RANK_TILES];
+  __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  barrier_wait(arrived, 0);
+#endif
+}
+
+// The SPLIT CTAs of a cluster share the inputs; a cluster owns every so-many-th set of STRIPS strips of 16 rows (the last
+// strip may overlap the one before it: the same values twice). SHARE warps share a strip's tiles and leave their sums in
+// the shared memory of the CTA that adds up the strip: one barrier for every p.batch sets (two buffers: no second one).
+// Each warp has the codes of its next RING tiles on their way to shared memory, where only it reads them, so the memory
+// never waits for a barrier.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(const __grid_constant__ Params given) {
 #if EXPERTS
   wait_for_previous_kernel();  // it may have chosen the experts
@@ -642,79 +744,62 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   const Params& p = given;
 #endif
   extern __shared__ __align__(16) u8 shared[];  // ring | a barrier | sums | planes | their scales
-  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0, cluster = blockIdx.x / SPLIT, clusters = gridDim.x / SPLIT;
+  int share = warp % SHARE, lot = warp / SHARE;
   float* sums = (float*)(shared + RING * SLOT_BYTES + 16);
   int outputs = 16 * p.tokens;  // of one strip
-  u8* planes = (u8*)(sums + 2 * p.batch * WARPS * outputs);
-  float* plane_scale = (float*)(planes + 2 * p.tokens * PITCH);
-  int strips = (p.out + 15) / 16;
+  Inputs inputs;
+  inputs.planes = (u8*)(sums + 2 * p.batch * WARPS * outputs);
+  inputs.scales = (float*)(inputs.planes + 2 * p.tokens * PITCH);
+  int strips = (p.out + 15) / 16, sets = (strips + STRIPS - 1) / STRIPS;
   auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
-  auto has = [&](int turn) { return TILES % WARPS == 0 || turn + 1 < TURNS || warp + turn * WARPS < TILES; };
-#if !FUSED && __CUDA_ARCH__ >= 900
+  auto has = [&](int turn) { return RANK_TILES % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TILES; };
   u32 arrived = shared_address(shared + RING * SLOT_BYTES);
+#if !FUSED && __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     barrier_init(arrived, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(arrived, 2 * p.tokens * IN_PADDED);
+    barrier_expect(arrived, 2 * p.tokens * RANK_IN);
   }
+  __syncwarp();
 #endif
 #if CLUSTER > 1
-  __syncwarp();
   cluster_arrive();
 #endif
 #if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
-  for (int k = threadIdx.x * 16; k < p.in; k += WARPS * 512) asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + k));
+  for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + rank * RANK_IN + k));
 #endif
 
-  auto rows = [&](int strip, i64& row, i64& row1) {
-    row = SMALL ? min(g, p.out - 1) : first_row(strip) + g;
-    row1 = SMALL ? min(g + 8, p.out - 1) : row + 8;
-  };
+  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * TILE};
   const u8* ring = shared + warp * UNIT_BYTES;
-  auto fetch = [&](int slot, int strip, int turn) {
-    if (strip < strips && has(turn)) {
-      i64 row, row1;
-      rows(strip, row, row1);
-      stage_turn<0>(p, shared_address(ring + slot * SLOT_BYTES), row, row1, turn, warp, lane);
-    }
+  auto fetch = [&](int slot, int set, int turn) {
+    int strip = set * STRIPS + lot;
+    if (strip < strips && has(turn)) stage_turn<0>(p, shared_address(ring + slot * SLOT_BYTES), first_row(strip), turn, place);
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+  int next_set = cluster, next_turn = 0;  // to be fetched
+  auto fetch_next = [&](int slot) {
+    fetch(slot, next_set, next_turn);
+    if (++next_turn == TURNS) next_turn = 0, next_set += clusters;
+  };
 #pragma unroll
-  for (int i = 0; i < RING; i++) fetch(i, blockIdx.x + i / TURNS * gridDim.x, i % TURNS);
+  for (int i = 0; i < EARLY; i++) fetch_next(i);
   allow_next_kernel();
   wait_for_previous_kernel();
-
+  auto fetch_rest = [&] {
+#pragma unroll
+    for (int i = EARLY; i < RING; i++) fetch_next(i);
+  };
 #if CLUSTER > 1
   cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
 #endif
-#if FUSED  // each warp transforms the tiles that it will multiply
-  constexpr int AT_ONCE = 256 / BLOCK;
-#pragma unroll 2
-  for (int i = 0; i < TURNS * p.tokens; i += AT_ONCE) {
-    int item = i + lane / (BLOCK / 8), token = item / TURNS, tile = warp + item % TURNS * WARPS;
-    bool mine = token < p.tokens && tile < TILES;
-    int k = mine ? tile * TILE / BLOCK * BLOCK + lane % (BLOCK / 8) * 8 : IN_PADDED;
-    u8* high = planes + 2 * (mine ? token : 0) * PITCH;
-    transform(p, mine ? token : 0, k, tile, high, high + PITCH, plane_scale + token * TILES);
-  }
-  __syncwarp();
+#if FUSED
+  transform_inputs(p, inputs, rank, warp, lane, fetch_rest);
 #else
-#if __CUDA_ARCH__ >= 900
-  if (warp == 0) {  // each CTA of a cluster brings its share to all
-    for (int i = lane * CLUSTER + blockIdx.x % CLUSTER; i < 2 * p.tokens; i += 32 * CLUSTER)
-      copy_bulk_to_all(shared_address(planes + i * PITCH), p.planes + (i64)i * IN_PADDED, IN_PADDED, arrived);
-  }
-#else
-  constexpr int PIECES = IN_PADDED / 16;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
-    *(uint4*)(planes + i / PIECES * PITCH + 16 * (i % PIECES)) = ((const uint4*)p.planes)[i];
-#endif
-  for (int i = threadIdx.x; i < TILES * p.tokens; i += WARPS * 32) plane_scale[i] = p.plane_scale[i];
-  __syncthreads();
-#endif
-#if !FUSED && __CUDA_ARCH__ >= 900
-  barrier_wait(arrived, 0);
+  fetch_rest();
+  copy_inputs(p, inputs, rank, arrived);
 #endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
@@ -722,56 +807,66 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   const float* x_scales[NT];
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + warp * TILE;
-    x_scales[n] = plane_scale + min(4 * n + t, p.tokens - 1) * TILES + warp;
+    column[n] = inputs.planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + share * TILE;
+    x_scales[n] = inputs.scales + min(4 * n + t, p.tokens - 1) * RANK_TILES + share;
   }
+  // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
+  constexpr int PARTS = SPLIT * SHARE;
+  u32 sums_at = shared_address(sums + ((lot / SPLIT * SPLIT + rank) * SHARE + share) * outputs + g);
+#if SPLIT > 1
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(sums_at) : "r"(lot % SPLIT));
+#endif
   const Tables words = tables();
   int buffer = 0, pending = 0, slot = 0;
 #pragma unroll 1
-  for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+  for (int set = cluster; set < sets; set += clusters) {
     float total[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
-#pragma unroll
+    int row = first_row(set * STRIPS + lot);
+#pragma unroll UNROLL
     for (int turn = 0; turn < TURNS; turn++) {
       Unit unit;
       asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
       __syncwarp();
-      if (has(turn)) {
-        i64 row, row1;
-        rows(strip, row, row1);
-        read_turn<0>(p, ring + slot * SLOT_BYTES, unit, row, row1, turn, warp, lane);
-      }
+      if (has(turn)) read_turn<0>(p, ring + slot * SLOT_BYTES, unit, row, turn, place);
       __syncwarp();
-      fetch(slot, strip + (turn + RING) / TURNS * gridDim.x, (turn + RING) % TURNS);
+      fetch_next(slot);
       slot = slot + 1 == RING ? 0 : slot + 1;
       if (has(turn)) {
         const u8* at[NT];
         float x_scale[NT];
 #pragma unroll
-        for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * WARPS];
+        for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * SHARE];
         multiply_pass<0>(words, unit, at, x_scale, total);
       }
     }
-    float* sum = sums + ((buffer * p.batch + pending) * WARPS + warp) * outputs + g;
+    u32 to = sums_at + (buffer * p.batch + pending) * (WARPS * 4) * outputs;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       if (4 * n + t < p.tokens) {
-        sum[(4 * n + t) * 16] = total[n][0];
-        sum[(4 * n + t) * 16 + 8] = total[n][1];
+        store_shared(to + (4 * n + t) * 64, total[n][0]);
+        store_shared(to + (4 * n + t) * 64 + 32, total[n][1]);
       }
     }
     pending++;
-    if (pending == p.batch || strip + gridDim.x >= strips) {
+    if (pending == p.batch || set + clusters >= sets) {
+#if SPLIT > 1
+      cluster_arrive();
+      cluster_wait();
+#else
       __syncthreads();
-      for (u32 i = threadIdx.x; i < pending * outputs; i += WARPS * 32) {
+#endif
+      constexpr int LOTS = STRIPS / SPLIT;  // strips of a set that this CTA adds up
+      for (u32 i = threadIdx.x; i < pending * LOTS * outputs; i += WARPS * 32) {
         u32 which = i / (u32)outputs, output = i % (u32)outputs;
-        const float* from = sums + (buffer * p.batch + which) * WARPS * outputs + output;
-        int row = first_row(strip - (pending - 1 - which) * gridDim.x) + output % 16;
+        const float* from = sums + (buffer * p.batch * LOTS + which) * PARTS * outputs + output;
+        int strip = (set - (pending - 1 - (int)which / LOTS) * clusters) * STRIPS + (int)which % LOTS * SPLIT + rank;
+        int row = first_row(strip) + output % 16;
         float value = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) value += from[w * outputs];
-        if (row < p.out) store_output(p, output / 16, row, value);
+        for (int w = 0; w < PARTS; w++) value += from[w * outputs];
+        if (strip < strips && row < p.out) store_output(p, output / 16, row, value);
       }
       buffer ^= 1;
       pending = 0;
@@ -799,6 +894,7 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
   return word;
 }
 
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
 
 // value += weight_scale * levels H32 of one block's tiles.

@@ -1,0 +1,126 @@
+"""Times settings of the decode kernel on this GPU, to choose those of `_decode_variant` in kernels/cuda.py.
+
+python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16] [--only split=4 ...] [-o settings.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+from tqw import bench, kernels
+from tqw.config import QuantConfig
+from tqw.errors import TqwError
+from tqw.kernels import cuda
+from tqw.report import document
+from tqw.weight import dequantize, quantize
+
+SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
+TOKENS = (1, 2, 4, 8, 16)
+# cluster, split, warps, share
+LAYOUTS = ((1, 1, 16, 16), (1, 1, 16, 8), (2, 1, 16, 16), (2, 1, 16, 8), (2, 2, 16, 8), (2, 2, 16, 4), (4, 4, 16, 4))
+CHOICES: dict[str, tuple] = {
+    "fused": (True, False), "ring": (2, 3, 4, 6), "early": (1, 9), "unroll": (1, 2), "halves": (True, False),
+}  # fmt: skip
+
+
+def candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
+    choices = {name: only.get(name, values) for name, values in CHOICES.items()}
+    if tokens <= 2 and "halves" not in only:
+        choices["halves"] = (True,)
+    for (cluster, split, warps, share), *values in itertools.product(layouts, *choices.values()):
+        chosen = {"cluster": cluster, "split": split, "warps": warps, "share": share} | dict(
+            zip(choices, values, strict=True)
+        )
+        if all(chosen[name] in values for name, values in only.items()):
+            yield chosen
+
+
+def variant(base: cuda.Variant, tokens: int, chosen: dict[str, Any]) -> cuda.Variant:
+    return replace(base, column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens), **chosen)
+
+
+def compile_all(bases: list[cuda.Variant], tokens: list[int], only: dict[str, tuple], layouts: tuple) -> None:
+    """From many threads: the measurements would compile one after the other."""
+    device = cuda._device(torch.cuda.current_device())
+    variants = {variant(b, t, c) for b in bases for t in tokens for c in candidates(t, only, layouts)}
+
+    def compiled(item: cuda.Variant) -> None:
+        with suppress(TqwError):  # shares that are not whole
+            cuda.cubin(item, device.arch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, variants))
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--only", nargs="*", default=[], help="for example ring=2,4 halves=1")
+    parser.add_argument("--layouts", nargs="*", help="cluster,split,warps,share")
+    arguments = parser.parse_args()
+    only = {name: tuple(map(int, values.split(","))) for name, values in (item.split("=") for item in arguments.only)}
+    layouts = tuple(tuple(map(int, text.split(","))) for text in arguments.layouts or []) or LAYOUTS
+    weights = {}
+    for shape in arguments.shapes:
+        out_features, in_features = bench.parse_shape(shape)
+        weights[shape] = quantize(torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=4))
+    bases = [cuda._variant(qw, torch.bfloat16) for qw in weights.values()]
+    compile_all(bases, arguments.tokens, only, layouts)
+    rows = []
+    for shape, qw in weights.items():
+        dense = dequantize(qw).double()
+        copies = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
+        for tokens in arguments.tokens:
+            x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
+            exact = functional.linear(x.double(), dense)
+            here = []
+            for chosen in [None, *candidates(tokens, only, layouts)]:
+                row = {"shape": shape, "tokens": tokens, "chosen": chosen}
+                cuda._plan.cache_clear()
+                cuda._READY.clear()
+                make = lambda base, tokens, out, device, chosen=chosen: variant(base, tokens, chosen)  # noqa: E731
+                patch = mock.patch.object(cuda, "_decode_variant", make if chosen else cuda._decode_variant)
+                limit = mock.patch.object(cuda, "_MIDDLE_TOKENS", 1024 if chosen is None else 0)
+                try:
+                    with patch, limit:
+                        if chosen and cuda._ready(qw, x).plan(tokens) is None:
+                            continue
+                        y = kernels.linear(x, qw, backend="cuda")
+                        row["relative_error"] = bench.checked_error("cuda", y, exact, 0.01)
+                        calls = [lambda x=x, c=c: kernels.linear(x, c, backend="cuda") for c in copies]
+                        row["microseconds"] = bench.graph_microseconds({"cuda": calls}, 9)["cuda"]
+                except TqwError as problem:
+                    if "whole" not in str(problem):
+                        sys.stderr.write(f"{row} {str(problem)[:300]}\n")
+                    continue
+                here.append(row)
+            rows += here
+            now = next((row["microseconds"] for row in here if row["chosen"] is None), 0.0)
+            sys.stderr.write(f"{shape} {tokens}: now {now:.2f}\n")
+            for row in sorted(here, key=lambda r: r["microseconds"])[:6]:
+                values = " ".join(f"{k}={int(v)}" for k, v in (row["chosen"] or {}).items())
+                sys.stderr.write(f"   {row['microseconds']:.2f} {values}\n")
+        del copies
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document(rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
