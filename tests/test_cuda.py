@@ -23,16 +23,18 @@ def make(out_features: int, in_features: int, **settings) -> QuantizedWeight:
     return quantize(weight.cuda(), QuantConfig(**settings))
 
 
-def check(y: torch.Tensor, x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+def check(
+    y: torch.Tensor, x: torch.Tensor, qw: QuantizedWeight, bias: torch.Tensor | None = None, middle: bool = False
+) -> None:
     """Few tokens: inputs are rounded to 2^-16 of their tile's largest, at most |T(x)| of the tile, so by Cauchy-Schwarz
     the error is below 2^-13 |x| |w|. Dozens to hundreds: T(x) and V are rounded to fp16, 2^-12 each, so 2^-11 |x| |w|.
-    More: dense weights are rounded to the dtype, 2 u |x| |w|.
+    More: dense weights are rounded to the dtype, 2 u |x| |w|. middle: any number is rounded as dozens are.
     """
     dense = dequantize(qw).double()
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     magnitude = x.double().norm(dim=-1, keepdim=True) * dense.norm(dim=-1)
     unit = ROUND_OFF[x.dtype]
-    rounded = 2.0**-11 if 16 < magnitude.shape[0] <= 1024 else 2.0**-13
+    rounded = 2.0**-11 if middle or 16 < magnitude.shape[0] <= 1024 else 2.0**-13
     bound = 2 * unit * exact.abs() + (rounded + 2 * unit) * magnitude
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
@@ -126,6 +128,34 @@ def test_expert_kernel_compiles_without_spills():
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
+@pytest.mark.parametrize(
+    ("bits", "pairs"),
+    [((4,), pairs) for pairs in (40, 100, 200, 400, 600, 800, 1200, 2000)] + [((3,), 800), ((4, 4), 2000), ((6,), 200)],
+)
+def test_grouped_kernels_compile_without_spills(bits, pairs):
+    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    variant = cuda._grouped_variant(cuda.Variant(bits, 2048, 128, 128, 128, True, True, 2), pairs, 8, h100)
+    assert variant is not None
+    assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
+    _, log = cuda.compile_with_log(variant.source(), "sm_90a")
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 4
+    assert "wgmma" not in log, log
+
+
+@pytest.mark.parametrize(("padded_in", "choices", "count"), [(14336, 2, 8), (2048, 8, 128), (128, 1, 1)])
+def test_pairs_come_in_turns_that_fit(padded_in, choices, count):
+    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
+    for tokens in (1, 100, 4096, 100_000):
+        step = cuda._expert_tokens(base, tokens, choices, count, h100)
+        assert 1 <= step <= tokens
+        variant = cuda._grouped_variant(base, step * choices, count, h100)
+        if variant is not None:
+            columns = cuda._most_blocks(step * choices, count, variant.columns) * variant.columns
+            assert 2 * columns * padded_in <= cuda._PLANE_BYTES
+    assert cuda._expert_tokens(base, 100, choices, count, h100) == 100
+
+
 def stack(out_features: int, in_features: int, experts: int = 5, **settings) -> QuantizedWeight:
     weight = torch.randn(experts, out_features, in_features, generator=torch.Generator().manual_seed(1)) * 0.05
     return quantize(weight.cuda(), QuantConfig(**settings))
@@ -162,24 +192,97 @@ def test_experts_are_the_dense_experts(bits, out_features, in_features, dtype):
                 check(y[token, choice][None], x[token][None], qw[expert], bias[expert])
 
 
+def skewed_ids(tokens: int, choices: int = 2) -> torch.Tensor:
+    """Of 5 experts: half of all pairs to expert 3, none to expert 1, some to experts that do not exist."""
+    each = torch.tensor([3, 3, 3, 3, 3, 0, 2, 4, -1, 5])
+    return each[torch.randint(0, 10, (tokens, choices), generator=torch.Generator().manual_seed(tokens))].cuda()
+
+
+def check_pairs(
+    y: torch.Tensor | None, x: torch.Tensor, qw: QuantizedWeight, ids: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Every pair of an expert that exists; the others are finite."""
+    assert y is not None
+    assert y[(ids < 0) | (ids >= 5)].isfinite().all()
+    for expert in range(5):
+        tokens, choices = torch.where(ids == expert)
+        check(y[tokens, choices], x[tokens], qw[expert], None if bias is None else bias[expert], middle=True)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that is asked for comes full of NaN: what a kernel leaves out, or reads before it is written, shows."""
+    original = torch.empty
+
+    def empty(*size, **options):
+        tensor = original(*size, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def needs_middle() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("middle.cu needs sm_90")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 512), (17, 128), (264, 1024)])
+@pytest.mark.parametrize("pairs", [21, 40, 130, 340, 500, 700, 1400])
+def test_many_pairs_in_blocks_of_an_expert(poisoned, out_features, in_features, pairs):
+    """Blocks of 8 to 256 columns."""
+    needs_middle()
+    qw, choices = stack(out_features, in_features), 1 if pairs % 2 else 2
+    ids, x = skewed_ids(pairs // choices, choices), torch.randn(pairs // choices, in_features).cuda().bfloat16()
+    bias = torch.randn(5, out_features).cuda().bfloat16()
+    check_pairs(kernels.experts(x, qw, ids, bias), x, qw, ids, bias)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["4", "3", "4+4", "8"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(17, 256), (264, 1024)])
+@pytest.mark.parametrize("dtype", list(ROUND_OFF))
+def test_blocks_of_an_expert_in_all_types(poisoned, bits, out_features, in_features, dtype):
+    needs_middle()
+    qw, ids = stack(out_features, in_features, bits=bits), skewed_ids(65)
+    x = torch.randn(in_features, 65).cuda().to(dtype).T  # not contiguous
+    check_pairs(kernels.experts(x, qw, ids.int()), x, qw, ids)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_pairs_in_turns(poisoned, monkeypatch):
+    needs_middle()
+    qw, ids, x = stack(264, 512), skewed_ids(350), torch.randn(350, 512).cuda().half()
+    cuda._expert_tokens.cache_clear()
+    monkeypatch.setattr(cuda, "_PLANE_BYTES", 600 << 10)
+    base, device = cuda._variant(qw, x.dtype), cuda._device(x.device.index)
+    assert cuda._expert_tokens(base, 350, 2, 5, device) < 175
+    y = kernels.experts(x, qw, ids)
+    cuda._expert_tokens.cache_clear()
+    check_pairs(y, x, qw, ids)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_a_graph_of_experts_follows_the_ids():
-    """More pairs than one launch is meant for: in a capture there is no other way."""
+    """More pairs than one launch of the decode kernel is meant for."""
     qw, ids = stack(64, 256), torch.zeros(30, 2, dtype=torch.int64).cuda()
     x = torch.randn(30, 256).cuda().half()
     kernels.experts(x[:1], qw, ids[:1])
-    assert kernels.experts(x, qw, ids) is None
+    assert kernels.experts(x.repeat(100, 1), qw, ids.repeat(100, 1)) is None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = kernels.experts(x, qw, ids)
     assert y is not None
-    ids.copy_(torch.randint(0, 5, (30, 2)))
-    y.fill_(float("nan"))
-    graph.replay()
-    for expert in range(5):
-        tokens, choices = torch.where(ids == expert)
-        check(y[tokens, choices][:16], x[tokens][:16], qw[expert])
+    for new in (torch.randint(0, 5, (30, 2)), torch.full((30, 2), 2), skewed_ids(30), torch.full((30, 2), -1)):
+        ids.copy_(new)
+        x.copy_(torch.randn(30, 256))
+        y.fill_(float("nan"))
+        graph.replay()
+        check_pairs(y, x, qw, ids)
 
 
 @pytest.mark.gpu

@@ -39,7 +39,9 @@ _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
 )  # of the dense slice; smaller ones stay in the L2 cache but leave the last wave of a product thin
-_PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one launch; with more, each expert's product comes cheaper
+_PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, an expert's codes are read once for all
+_MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
+_PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 _FP8_TOKENS = 384  # with fp8 activations: from here on the library's product wins (H100)
 
 
@@ -65,6 +67,10 @@ class _Params(ctypes.Structure):
         ("batch", ctypes.c_int),
         ("experts", ctypes.c_int),
         ("choices", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        ("block", ctypes.c_void_p),
+        ("pair", ctypes.c_void_p),
+        ("column", ctypes.c_void_p),
     ]
 
 
@@ -273,7 +279,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
         try:
             module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
             function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name in ("tqw_decode", "tqw_middle"):
+            if name in ("tqw_decode", "tqw_middle", "tqw_route"):
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -387,6 +393,12 @@ class _Plan:
     scale_count: int
     launches: tuple[_Launch, ...]
     batch: int = 1
+    blocks: int = 0  # of pairs of one expert, at most; 0: each pair on its own
+
+    def scratch_bytes(self, pairs: int) -> int:
+        """T(x), its scales and, for blocks of pairs, the order of the pairs."""
+        order = 8 * self.blocks + 4 * self.scale_count + 4 * pairs if self.blocks else 0
+        return self.plane_bytes + 4 * self.scale_count + order
 
 
 def _shares(tiles: int, strips: int) -> tuple[int, int]:
@@ -510,9 +522,66 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
 
 
 @lru_cache(maxsize=4096)
-def _expert_plan(base: Variant, pairs: int, out: int, device: _Device) -> _Plan | None:
-    """One launch for `pairs` tokens, each with an expert of its own; None: not even one token fits."""
+def _grouped_variant(base: Variant, pairs: int, count: int, device: _Device) -> Variant | None:
+    """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
+    if pairs <= _PAIRS_PER_EXPERT * count or not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    if _route_bytes(count) > device.shared_bytes:
+        return None
+    # most experts in one block: to decode their codes twice costs more than columns that nobody needs
+    columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
+    # two CTAs on a multiprocessor hide each other's waits where their registers fit
+    most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
+    pair = sum(base.bits) <= 4 and columns <= most
+    stages = {8: 8, 16: 8, 128: 3 if pair else 4, 192: 3, 256: 2}.get(columns, 4)
+    return replace(base, experts=True, columns=columns, warpgroups=2, stages=stages, min_ctas=2 if pair else 1)
+
+
+def _route_bytes(count: int) -> int:
+    """Dynamic shared memory of tqw_route for `count` experts."""
+    return 4 * (34 * count + 1)
+
+
+def _most_blocks(pairs: int, count: int, columns: int) -> int:
+    """The most blocks of `columns` that so many pairs of `count` experts fill: all experts but one end with a block
+    of a single pair."""
+    chosen = min(pairs, count)
+    return (pairs - chosen) // columns + chosen
+
+
+def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
+    blocks = _most_blocks(pairs, count, variant.columns)
+    route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
+    spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
+    grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
+    product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
+    columns = blocks * variant.columns
+    return _Plan(2 * columns * variant.padded_in, columns, (route, spread, product), blocks=blocks)
+
+
+@lru_cache(maxsize=4096)
+def _expert_plan(base: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan | None:
+    """The launches for so many pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
+    each pair reads its expert's codes. None: not even one token fits."""
+    grouped = _grouped_variant(base, pairs, count, device)
+    if grouped is not None:
+        return _grouped_plan(grouped, pairs, count, out, device)
     return _decode_plan(_decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
+
+
+@lru_cache(maxsize=4096)
+def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, device: _Device) -> int:
+    """Tokens of one turn: the fewest turns that keep T(x) of blocks of pairs below _PLANE_BYTES."""
+
+    def fits(step: int) -> bool:
+        variant = _grouped_variant(base, step * choices, count, device)
+        if variant is None:
+            return True
+        blocks = _most_blocks(step * choices, count, variant.columns)
+        return 2 * blocks * variant.columns * variant.padded_in <= _PLANE_BYTES
+
+    steps = (-(-tokens // turns) for turns in range(1, tokens + 1))
+    return next((step for step in steps if fits(step)), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -553,13 +622,19 @@ class _Ready:
             or params.channel % 8
             or (self.in_features % 8 and self.in_features < self.padded)
         )
+        pairs = 0 if ids is None else ids.numel()
         if ids is not None:
-            params.ids, params.tokens, params.choices = ids.data_ptr(), 1, ids.numel() // x.shape[0]
-        scratch = None  # T(x), alive until the launch
+            params.ids, params.tokens, params.choices = ids.data_ptr(), 1, pairs // x.shape[0]
+        scratch = None  # alive until the launch
         if plan.plane_bytes:
-            scratch = torch.empty(plan.plane_bytes + 4 * plan.scale_count, dtype=torch.uint8, device=x.device)
+            scratch = torch.empty(plan.scratch_bytes(pairs), dtype=torch.uint8, device=x.device)
             params.planes = scratch.data_ptr()
             params.plane_scale = params.planes + plan.plane_bytes
+        if plan.blocks:
+            params.tokens, params.blocks = pairs, plan.blocks
+            params.block = params.plane_scale + 4 * plan.scale_count
+            params.pair = params.block + 8 * plan.blocks
+            params.column = params.pair + 4 * plan.scale_count
         for launch in plan.launches:
             launch(params)
 
@@ -722,18 +797,22 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
 def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[t, k] = T(x_t) V_e^T + b_e, e = ids[t, k]: [tokens, in] -> [tokens, choices, out], in the dtype of x.
 
-    qw: stacked [experts, out, in]; bias: [experts, out] or None. One launch, in which every pair reads its expert's
-    codes: for a few tokens. Nothing waits for the ids, so a CUDA graph can hold it. Ids out of range: any finite y.
+    qw: stacked [experts, out, in]; bias: [experts, out] or None. Nothing waits for the ids, so that a CUDA graph can
+    hold it. Ids out of range: any finite y.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     ids = ids.to(torch.int64).contiguous()
     y = torch.empty(*ids.shape, qw.out_features, dtype=x.dtype, device=x.device)
     if ids.numel():
         with torch.cuda.device(x.device):
-            ready = _ready(qw, x)
-            plan = _expert_plan(ready.base, ids.numel(), ready.out, ready.device)
-            assert plan is not None, "supports_experts has seen one"
-            ready.run(x, y, bias if bias is None else bias.contiguous(), plan, ids)
+            ready, bias = _ready(qw, x), bias if bias is None else bias.contiguous()
+            (tokens, choices), count = ids.shape, qw.packed[0].shape[0]
+            step = _expert_tokens(ready.base, tokens, choices, count, ready.device)
+            for first in range(0, tokens, step):
+                turn = slice(first, first + step)
+                plan = _expert_plan(ready.base, ids[turn].numel(), count, ready.out, ready.device)
+                assert plan is not None, "supports_experts has seen one"
+                ready.run(x[turn], y[turn], bias, plan, ids[turn])
     return y
 
 
@@ -742,9 +821,6 @@ def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor |
     reason = gpu.supports_rotation(qw)
     if reason is not None:
         return reason
-    count = qw.packed[0].shape[0]
-    if ids.numel() > _PAIRS_PER_EXPERT * count and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return f"{ids.numel()} pairs for {count} experts: a product for each expert is faster"
     if any(packed[0].numel() % 16 for packed in qw.packed):
         return "an expert's codes do not start at a multiple of 16 bytes"
     if bias is not None and bias.dtype != x.dtype:
@@ -752,10 +828,17 @@ def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor |
     reason = supports(x, qw[0])
     if reason is not None:
         return reason
-    variant, device = _variant(qw, x.dtype), _device(x.device.index)
+    variant, device, pairs, count = _variant(qw, x.dtype), _device(x.device.index), ids.numel(), qw.packed[0].shape[0]
+    if pairs == 0:
+        return None
+    grouped = _grouped_variant(variant, pairs, count, device) is not None
+    most = min(_MIDDLE_TOKENS * count, _MOST_PAIRS) if grouped else _PAIRS_PER_EXPERT * count
+    if pairs > most and not torch.cuda.is_current_stream_capturing():
+        return f"{pairs} pairs for {count} experts: a product for each expert is faster"
     with torch.cuda.device(x.device):
-        plan = _expert_plan(variant, ids.numel(), qw.out_features, device) if ids.numel() else None
-    return None if plan is not None or not ids.numel() else "one token's inputs do not fit in shared memory"
+        step = _expert_tokens(variant, len(ids), pairs // len(ids), count, device)
+        plan = _expert_plan(variant, step * pairs // len(ids), count, qw.out_features, device)
+    return None if plan is not None else "one token's inputs do not fit in shared memory"
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:

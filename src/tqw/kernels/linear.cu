@@ -25,7 +25,8 @@
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
-// EXPERTS            1: row blockIdx.y of y is one token by expert ids[blockIdx.y] of stacked weights (decode)
+// EXPERTS            1: stacked weights, row i of y is a token by expert ids[i]: decode takes one row for each blockIdx.y,
+//                    middle.cu blocks of rows that have the same expert
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -47,6 +48,12 @@ struct Params {
   i64 first_row;        // dequantize: first row of the slice
   int tokens, out, in, vectors, batch;
   int experts, choices;  // EXPERTS: weights stacked in `packed`, rows of y for each row of x
+#if EXPERTS && defined(COLUMNS)
+  int blocks;   // places for blocks of at most COLUMNS pairs (token, expert) of one expert
+  int2* block;  // [blocks] expert and number of pairs, 0 where there is no block
+  int* pair;    // [blocks, COLUMNS] the pairs of a block
+  int* column;  // [pairs] where among these the pair stands, -1: its expert does not exist
+#endif
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
@@ -536,6 +543,28 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
 #endif
 }
 
+#if EXPERTS
+// The parameters of blockIdx.y: those of one token and one expert, or (middle.cu) with the weights of a block's expert.
+__device__ __forceinline__ Params of_expert(const Params& all) {
+  constexpr int SIZE = X_TYPE == 0 ? 4 : 2;
+  Params p = all;
+#ifdef COLUMNS
+  i64 pair = 0, rows = (i64)all.block[blockIdx.y].x * all.out;
+#else
+  i64 pair = blockIdx.y, expert = min(max(all.ids[pair], (i64)0), (i64)all.experts - 1), rows = expert * all.out;
+#endif
+#pragma unroll
+  for (int i = 0; i < PASSES; i++) {
+    p.packed[i] = all.packed[i] + rows * (IN_PADDED / 8 * WIDTHS[i]);
+    p.scale[i] = all.scale[i] + rows * GROUPS;
+  }
+  p.x = (const u8*)all.x + pair / all.choices * all.x_stride * SIZE;
+  p.y = (u8*)all.y + pair * all.out * SIZE;
+  if (all.bias) p.bias = (const u8*)all.bias + rows * SIZE;
+  return p;
+}
+#endif
+
 #ifndef COLUMNS
 static_assert(TILES % SPLIT == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
 static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  // of one CTA
@@ -640,24 +669,6 @@ __device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit&
   }
   if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, turn, place);
 }
-
-#if EXPERTS
-// The parameters of row blockIdx.y: those of one token and one expert.
-__device__ __forceinline__ Params of_expert(const Params& all) {
-  constexpr int SIZE = X_TYPE == 0 ? 4 : 2;
-  Params p = all;
-  i64 pair = blockIdx.y, expert = min(max(all.ids[pair], (i64)0), (i64)all.experts - 1), rows = expert * all.out;
-#pragma unroll
-  for (int i = 0; i < PASSES; i++) {
-    p.packed[i] = all.packed[i] + rows * (IN_PADDED / 8 * WIDTHS[i]);
-    p.scale[i] = all.scale[i] + rows * GROUPS;
-  }
-  p.x = (const u8*)all.x + pair / all.choices * all.x_stride * SIZE;
-  p.y = (u8*)all.y + pair * all.out * SIZE;
-  if (all.bias) p.bias = (const u8*)all.bias + rows * SIZE;
-  return p;
-}
-#endif
 
 // T(x) of a CTA's inputs in shared memory.
 struct Inputs {

@@ -10,6 +10,8 @@
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
 // SPREAD     CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
+// EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
+//            together (SPREAD = 1); nothing on the host depends on the ids
 // WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
 
 static_assert(TILE == 128, "a stage is 128 inputs");
@@ -39,12 +41,83 @@ __device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
   return address;
 }
 
-// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[token] = 2^e. x is read once.
+#if EXPERTS
+// Brings the pairs of each expert together, in their order, in whole blocks of COLUMNS. One CTA: each warp counts the
+// experts of its share of the pairs, then places it behind the shares of the warps before it.
+extern "C" __global__ void __launch_bounds__(1024) tqw_route(const __grid_constant__ Params p) {
+  extern __shared__ int counts[];  // [32, experts] of each warp, then the pairs before; [experts]; [experts + 1]
+  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, experts = p.experts;
+  int *total = counts + 32 * experts, *first_block = total + experts, *mine = counts + warp * experts;
+  int share = (p.tokens + 1023) / 1024 * 32, begin = warp * share, end = min(begin + share, p.tokens);
+  auto expert_of = [&](int pair) {
+    i64 id = pair < end ? p.ids[pair] : -1;
+    return id < 0 || id >= experts ? -1 : (int)id;
+  };
+  allow_next_kernel();
+  for (int i = threadIdx.x; i < 32 * experts; i += 1024) counts[i] = 0;
+  __syncthreads();
+  wait_for_previous_kernel();  // it may have chosen the experts
+#pragma unroll 4
+  for (int i = begin; i < end; i += 32) {
+    int expert = expert_of(i + lane);
+    if (expert >= 0) atomicAdd(mine + expert, 1);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += 1024) {
+    int before = 0;
+    for (int w = 0; w < 32; w++) {
+      int count = counts[w * experts + e];
+      counts[w * experts + e] = before;
+      before += count;
+    }
+    total[e] = before;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    int before = 0;
+    for (int first = 0; first < experts; first += 32) {
+      int e = first + lane, count = e < experts ? (total[e] + COLUMNS - 1) / COLUMNS : 0, sum = count;
+      for (int step = 1; step < 32; step *= 2) {
+        int other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (e < experts) first_block[e] = before + sum - count;
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (lane == 0) first_block[experts] = before;
+  }
+  __syncthreads();
+  for (int e = warp; e < experts; e += 32)
+    for (int b = lane; b < first_block[e + 1] - first_block[e]; b += 32)
+      p.block[first_block[e] + b] = make_int2(e, min(COLUMNS, total[e] - b * COLUMNS));
+  for (int b = first_block[experts] + threadIdx.x; b < p.blocks; b += 1024) p.block[b] = make_int2(0, 0);
+  int next = expert_of(begin + lane);
+  for (int i = begin; i < end; i += 32) {
+    int pair = i + lane, expert = next, column = -1;
+    next = expert_of(pair + 32);  // on its way while this one is placed
+    u32 same = __match_any_sync(~0u, expert), before = __popc(same & ((1u << lane) - 1));
+    if (expert >= 0) column = first_block[expert] * COLUMNS + mine[expert] + before;
+    __syncwarp();
+    if (expert >= 0 && before == 0) mine[expert] += __popc(same);
+    __syncwarp();
+    if (pair < end) p.column[pair] = column;
+    if (column >= 0) p.pair[column] = pair;
+  }
+}
+#endif
+
+// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
+// its own column; with EXPERTS each pair has one, and the outputs of an expert that does not exist become 0.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
   __shared__ float most_of_warp[8], most_of_cta[SPREAD];
   constexpr int STRIDE = 2048 * SPREAD, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE;
   constexpr int KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
-  int token = blockIdx.x / SPREAD, rank = blockIdx.x % SPREAD, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int rank = blockIdx.x % SPREAD, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+#if EXPERTS
+  int token = blockIdx.x / p.choices;
+#else
+  int token = blockIdx.x / SPREAD, column = token;
+#endif
   int first = rank * 2048 + threadIdx.x * 8;
   allow_next_kernel();
 #if SPREAD > 1
@@ -56,6 +129,19 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   for (int r = 0; r < KEPT; r++) channel_scales(p, r * STRIDE + first, a[r]);
 #endif
   wait_for_previous_kernel();
+#if EXPERTS
+  int column = p.column[blockIdx.x];
+  if (column < 0) {
+    for (int i = threadIdx.x; i < p.out; i += 256) {
+      i64 at = (i64)blockIdx.x * p.out + i;
+      if (X_TYPE == 0)
+        ((float*)p.y)[at] = 0.f;
+      else
+        ((u16*)p.y)[at] = 0;
+    }
+    return;
+  }
+#endif
 #pragma unroll
   for (int r = 0; r < KEPT; r++) {
     load_inputs(p, token * p.x_stride, r * STRIDE + first, v[r]);
@@ -94,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   if (!(most < 3e38f)) scale = most - most;  // NaN for NaN and Inf: every output of the token is NaN
   if (scale < 0x1p-120f) scale = 0x1p-120f;
   float inverse = 1.f / scale;
-  if (rank == 0 && threadIdx.x == 0) p.plane_scale[token] = scale;
+  if (rank == 0 && threadIdx.x == 0) p.plane_scale[column] = scale;
   auto store = [&](float (&values)[8], int k) {
 #if ROTATE
     hadamard(values, lane);
@@ -102,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     if (k >= IN_PADDED) return;
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] *= inverse;
-    spread_store(p, token, k, values);
+    spread_store(p, column, k, values);
   };
 #pragma unroll
   for (int r = 0; r < KEPT; r++) store(v[r], r * STRIDE + first);
@@ -216,7 +302,14 @@ __device__ __forceinline__ void store_eight(const Params& p, int token, int row,
       pack_pair(value[0], value[1]), pack_pair(value[2], value[3]), pack_pair(value[4], value[5]), pack_pair(value[6], value[7]));
 }
 
-extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params given) {
+#if EXPERTS
+  wait_for_previous_kernel();  // whose weights these are is known only now
+  if (given.block[blockIdx.y].y == 0) return;
+  const Params p = of_expert(given);
+#else
+  const Params& p = given;
+#endif
   extern __shared__ __align__(1024) u8 ring[];
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, first_token = blockIdx.y * COLUMNS;
@@ -285,7 +378,13 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #else
   __syncthreads();
 #endif
+#if EXPERTS
+  int tokens = given.block[blockIdx.y].y;
+  auto output = [&](int token) { return p.pair[first_token + token]; };
+#else
   int tokens = min(COLUMNS, p.tokens - first_token);
+  auto output = [&](int token) { return first_token + token; };
+#endif
   bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
 #pragma unroll 4
   for (int i = (rank * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += SPLIT * 1024 * WARPGROUPS) {
@@ -296,11 +395,11 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #pragma unroll
     for (int j = 0; j < 8; j++) value[j] *= scale;
     if (whole) {
-      if (row < p.out) store_eight(p, first_token + token, row, value);
+      if (row < p.out) store_eight(p, output(token), row, value);
     } else {
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        if (row + j < p.out) store_output(p, first_token + token, row + j, value[j]);
+        if (row + j < p.out) store_output(p, output(token), row + j, value[j]);
     }
   }
 #if SPLIT > 1
