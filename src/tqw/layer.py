@@ -232,7 +232,8 @@ def mixture_by_pairs(
 ) -> Tensor | None:
     """y_t = sum_k weights[t, k] finish(down_e(activate(up_e(x_t)))), e = ids[t, k], over the experts that exist.
 
-    One kernel for each projection (weight, bias), nothing on the host depends on the ids; None where there is none.
+    All pairs of a projection (weight, bias) together, nothing on the host depends on the ids; None where that is not
+    possible or not faster.
     """
     projected = kernels.experts(x, up[0], ids, up[1])
     if projected is None:

@@ -158,7 +158,7 @@ def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """y[t, k] = linear(x_t, qw[e], bias[e]), e = ids[t, k], by one kernel; None where no backend has one for this call.
+    """y[t, k] = linear(x_t, qw[e], bias[e]), e = ids[t, k], with the ids left on the GPU; None where no backend can.
 
     x: [tokens, in]; qw: [experts, out, in]; ids: integer [tokens, choices]; returns [tokens, choices, out].
     """

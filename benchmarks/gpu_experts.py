@@ -1,0 +1,212 @@
+"""Stacked experts on a GPU, 4 bits against bfloat16's grouped product: results/gpu_experts.json.
+
+    python benchmarks/gpu_experts.py [-o benchmarks/results/gpu_experts.json]
+
+Both projections of two mixtures, random routes. `tqw` and `torch_bfloat16` are timed inside a CUDA graph of several
+calls, each with inputs and a route of its own, over stacks that do not fit in the L2 cache; the order of the pairs that
+torch._grouped_mm needs is made before and costs it nothing. `tqw_by_expert` is a product for each expert, as where no
+kernel takes all: eager, since it asks the GPU for the route. Some rows of all are checked against float64 before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tqw import bench, kernels
+from tqw.config import QuantConfig
+from tqw.kernels import cuda
+from tqw.layer import routed_tokens
+from tqw.report import document
+from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
+
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+CALLS = {1: 32, 16: 16, 64: 8, 256: 4, 1024: 4, 4096: 2}  # of one graph
+CHECKED_PAIRS = 16
+EAGER_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Projection:
+    model: str
+    projection: str
+    experts: int
+    choices: int
+    out_features: int
+    in_features: int
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether each pair (token, expert) has an input of its own."""
+        return self.projection == "down"
+
+
+PROJECTIONS = (
+    Projection("Mixtral-8x7B", "gate_up", 8, 2, 28672, 4096),
+    Projection("Mixtral-8x7B", "down", 8, 2, 4096, 14336),
+    Projection("Qwen3-30B-A3B", "gate_up", 128, 8, 1536, 2048),
+    Projection("Qwen3-30B-A3B", "down", 128, 8, 2048, 768),
+)
+
+
+def route(p: Projection, tokens: int, seed: int) -> Tensor:
+    """Different experts for each token: ids as `kernels.experts` takes them."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    ids = torch.rand(tokens, p.experts, device="cuda", generator=generator).topk(p.choices).indices
+    return ids.reshape(-1, 1) if p.by_pair else ids
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, and the same with the pairs in the order of their experts."""
+
+    x: Tensor
+    ids: Tensor
+    order: Tensor  # pairs, those of expert 0 first
+    ordered_x: Tensor
+    ends: Tensor  # int32 [experts]
+
+
+def make_call(p: Projection, tokens: int, seed: int) -> Call:
+    ids = route(p, tokens, seed)
+    x = torch.randn(len(ids), p.in_features, device="cuda", dtype=torch.bfloat16)
+    order = ids.flatten().argsort(stable=True)
+    ends = ids.flatten().bincount(minlength=p.experts).cumsum(0).int()
+    return Call(x, ids, order, x[order // ids.shape[1]], ends)
+
+
+def grouped(call: Call, dense: Tensor) -> Tensor:
+    """bfloat16 [pairs, out], in the order of their experts. dense: [experts, out, in]."""
+    return torch._grouped_mm(call.ordered_x, dense.transpose(1, 2), offs=call.ends)
+
+
+def by_expert(call: Call, qw: QuantizedWeight) -> Tensor:
+    """[tokens, choices, out] by a product for each expert that was chosen."""
+    y = torch.empty(*call.ids.shape, qw.out_features, dtype=call.x.dtype, device="cuda")
+    for expert, tokens, positions in routed_tokens(call.ids, qw.packed[0].shape[0]):
+        y[tokens, positions] = kernels.linear(call.x[tokens], qw[expert])
+    return y
+
+
+def goes_by_expert(p: Projection, tokens: int) -> bool:
+    """More pairs than one launch of the decode kernel takes."""
+    return tokens * p.choices > cuda._PAIRS_PER_EXPERT * p.experts
+
+
+def check(call: Call, qw: QuantizedWeight, results: dict[str, Tensor]) -> dict[str, float]:
+    """The relative error of some pairs of each result [pairs, out]; raises where it is too large."""
+    pairs = torch.randperm(call.ids.numel(), device="cuda")[:CHECKED_PAIRS]
+    exact = torch.empty(len(pairs), qw.out_features, dtype=torch.float64, device="cuda")
+    experts = call.ids.flatten()[pairs]
+    for expert in experts.unique().tolist():
+        mine = experts == expert
+        exact[mine] = call.x[pairs[mine] // call.ids.shape[1]].double() @ dequantize(qw[expert]).double().T
+    # bfloat16 rounds weights and output to 2^-9
+    return {name: bench.checked_error(name, y[pairs], exact, 1e-2) for name, y in results.items()}
+
+
+def unordered(y: Tensor, order: Tensor) -> Tensor:
+    """Rows in the order of the pairs."""
+    result = torch.empty_like(y)
+    result[order] = y
+    return result
+
+
+def median_microseconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(EAGER_REPEATS + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times[1:])[EAGER_REPEATS // 2]
+
+
+def compile_all() -> None:
+    """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
+    device, tasks = cuda._device(torch.cuda.current_device()), []
+    for p in PROJECTIONS:
+        qw = empty_weight((p.out_features, p.in_features), QuantConfig(bits=4), torch.device("meta"))
+        variant = cuda._variant(qw, torch.bfloat16)
+        tasks.append(lambda v=variant: cuda._dequantize_launch(v, 256, device))
+        counts = set()
+        for tokens in TOKENS:
+            pairs = tokens * p.choices
+            tasks.append(lambda v=variant, n=pairs, p=p: cuda._expert_plan(v, n, p.experts, p.out_features, device))
+            if goes_by_expert(p, tokens):
+                counts.update(route(p, tokens, 0).flatten().bincount(minlength=p.experts).tolist())
+        tasks += [lambda v=variant, n=n, p=p: cuda._plan(v, n, p.out_features, device) for n in counts if n]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda task: task(), tasks))
+
+
+def rows_of(p: Projection, tokens: int, qw: QuantizedWeight, dense: Tensor) -> list[dict[str, Any]]:
+    calls = [make_call(p, tokens, seed) for seed in range(CALLS[tokens])]
+    first, y = calls[0], kernels.experts(calls[0].x, qw, calls[0].ids)
+    assert y is not None, "a GPU that has a kernel for so many pairs"
+    results = {"tqw": y.flatten(0, 1), "torch_bfloat16": unordered(grouped(first, dense), first.order)}
+    if goes_by_expert(p, tokens):
+        results["tqw_by_expert"] = by_expert(first, qw).flatten(0, 1)
+    errors = check(first, qw, results)
+    del results, y
+    methods: dict[str, Sequence[Callable[[], Any]]] = {
+        "tqw": [lambda c=c: kernels.experts(c.x, qw, c.ids) for c in calls],
+        "torch_bfloat16": [lambda c=c: grouped(c, dense) for c in calls],
+    }
+    times = bench.graph_microseconds(methods)
+    if "tqw_by_expert" in errors:
+        times["tqw_by_expert"] = median_microseconds(lambda: by_expert(first, qw))
+    return [
+        {
+            "model": p.model, "projection": p.projection, "tokens": tokens, "method": method,
+            "microseconds": microseconds, "ratio": times["torch_bfloat16"] / microseconds,
+            "relative_error": errors[method],
+        }
+        for method, microseconds in times.items()
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def measure(p: Projection) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    weight = torch.empty(p.experts, p.out_features, p.in_features, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02)
+    qw = quantize(weight, QuantConfig(bits=4, scale="norm"))
+    dense = weight  # the memory is the same, the values are those of qw
+    for expert in range(p.experts):
+        dense[expert] = dequantize(qw[expert])
+    torch.cuda.empty_cache()
+    for tokens in TOKENS:
+        rows = rows_of(p, tokens, qw, dense)
+        cells = (f"{row['method']} {row['microseconds']:8.1f} us ({row['ratio']:.2f})" for row in rows)
+        sys.stderr.write(f"{p.model:14} {p.projection:8} {tokens:5}   {'   '.join(cells)}\n")
+        yield from rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_experts.json"))
+    output = parser.parse_args().output
+    compile_all()
+    rows = []
+    for p in PROJECTIONS:
+        rows += measure(p)
+        result = document(rows, shapes=[asdict(p) for p in PROJECTIONS])
+        result["environment"]["gpu"] = torch.cuda.get_device_name()
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
