@@ -57,10 +57,13 @@ extern "C" __global__ void __launch_bounds__(1024) tqw_route(const __grid_consta
   for (int i = threadIdx.x; i < 32 * experts; i += 1024) counts[i] = 0;
   __syncthreads();
   wait_for_previous_kernel();  // it may have chosen the experts
-#pragma unroll 4
-  for (int i = begin; i < end; i += 32) {
-    int expert = expert_of(i + lane);
-    if (expert >= 0) atomicAdd(mine + expert, 1);
+  for (int i = begin; i < end; i += 128) {  // four loads on their way at once
+    int expert[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) expert[j] = expert_of(i + 32 * j + lane);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (expert[j] >= 0) atomicAdd(mine + expert[j], 1);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < experts; e += 1024) {
