@@ -34,7 +34,7 @@ from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 PEER_TOKENS = (1, 8, 16, 32, 64, 512)
-PEER_SECONDS = 6  # for one peer and shape: some tune themselves for minutes
+PEER_SECONDS = 6  # for the products of one peer and shape: some tune themselves for minutes
 FP8_TOKENS = 512  # from here on also with fp8 activations
 GROUP = 128
 
@@ -116,9 +116,9 @@ PEERS = (tinygemm, bitsandbytes_nf4, torchao_int4, humming_int4, gemlite)
 
 def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[str, Any]]:
     """One row for each number of tokens, until PEER_SECONDS are over."""
-    began = time.perf_counter()
     packed_bytes = dense.numel() * (0.5 + 2 / GROUP)
     calls = [prepare(dense) for _ in range(bench.copies_to_be_cold(int(packed_bytes)))]
+    began = time.perf_counter()
     for tokens in PEER_TOKENS:
         if time.perf_counter() - began > PEER_SECONDS:
             return

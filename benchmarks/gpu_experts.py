@@ -30,8 +30,8 @@ from tqw.layer import routed_tokens
 from tqw.report import document
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
-TOKENS = (1, 16, 64, 256, 1024, 4096)
-CALLS = {1: 32, 16: 16, 64: 8, 256: 4, 1024: 4, 4096: 2}  # of one graph
+TOKENS = (1, 8, 16, 32, 64, 256, 1024, 4096)
+CALLS = {1: 32, 8: 16, 16: 16, 32: 8, 64: 8, 256: 4, 1024: 4, 4096: 2}  # of one graph
 CHECKED_PAIRS = 16
 EAGER_REPEATS = 5
 

@@ -39,7 +39,8 @@ _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
 )  # of the dense slice; smaller ones stay in the L2 cache but leave the last wave of a product thin
-_PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, an expert's codes are read once for all
+_PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, each expert's product comes cheaper
+_GROUPED_PAIRS = 1.5  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 _FP8_TOKENS = 384  # with fp8 activations: from here on the library's product wins (H100)
@@ -406,27 +407,34 @@ def _shares(tiles: int, strips: int) -> tuple[int, int]:
     if strips == 1 and tiles <= 20:
         return tiles, tiles
     turns = {share: -(-tiles // share) for share in range(1, 21) if 8 <= share * strips <= 20 and share <= tiles}
-    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16))
+    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16), default=tiles)
     return share * strips, share
 
 
 def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
-    """The variant of the decode kernel for a few tokens. Measured on one H100."""
+    """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
     many, wide = strips > 6 * device.multiprocessors, tiles > 64
-    # one launch, unless it takes too long to transform all inputs in every CTA
-    fused = base.experts or (tokens <= 2 and not wide)
-    split = 1
+    # more than two CTAs with the same inputs are better brought their T(x), and wide inputs shared
+    fused = base.experts or tokens <= (1 if wide else 2)
+    pairs = device.clusters and strips >= 8
+    split = 2 if pairs and tiles % 2 == 0 and (wide or tokens == 2) else 1
+    multicast = device.arch.startswith(("sm_90", "sm_100")) and pairs and not fused
     warps, share = _shares(tiles // split, split)
+    ring = 4 if tokens <= 4 or (many and tokens <= 8) else 2
+    if wide and split == 2:
+        ring = 2 if fused else 3
     return replace(
         base,
         column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
         fused=fused,
+        cluster=2 if multicast else 1,
         split=split,
         warps=warps,
         share=share,
-        ring=6 if wide and not fused else 4 if many and tokens <= 4 else 2 if fused or tokens > 8 else 3,
-        early=9,
+        ring=ring,
+        early=ring if many or wide else 1,
+        unroll=2,
         halves=tokens <= 8,
         small=out < 16,
     )
@@ -524,7 +532,7 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
 @lru_cache(maxsize=4096)
 def _grouped_variant(base: Variant, pairs: int, count: int, device: _Device) -> Variant | None:
     """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
-    if pairs <= _PAIRS_PER_EXPERT * count or not device.arch.startswith("sm_90") or base.tile != 128:
+    if pairs <= _GROUPED_PAIRS * count or not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     if _route_bytes(count) > device.shared_bytes:
         return None

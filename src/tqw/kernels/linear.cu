@@ -353,6 +353,8 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// Without waiting for the writes before: others learn only that this CTA has come so far.
+__device__ __forceinline__ void cluster_signal() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -776,7 +778,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   __syncwarp();
 #endif
 #if CLUSTER > 1
-  cluster_arrive();
+  cluster_signal();
 #endif
 #if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
   for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)

@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   int first = rank * 2048 + threadIdx.x * 8;
   allow_next_kernel();
 #if SPREAD > 1
-  cluster_arrive();  // all have begun before one writes to another
+  cluster_signal();  // all have begun before one writes to another
 #endif
   float a[KEPT][8], v[KEPT][8], most = 0.f;
 #if SCALED
@@ -406,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     }
   }
 #if SPLIT > 1
-  cluster_arrive();  // no CTA leaves while another still reads its sums
+  cluster_signal();  // no CTA leaves while another still reads its sums
   cluster_wait();
 #endif
 }

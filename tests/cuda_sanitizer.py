@@ -1,0 +1,85 @@
+"""Every CUDA kernel once or twice on a small shape, for the checkers of memory and of races:
+
+    python tests/cuda_sanitizer.py
+    compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
+
+The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck. Values are not compared:
+that is what test_cuda.py does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tqw import kernels
+from tqw.config import QuantConfig
+from tqw.kernels import cuda
+from tqw.weight import QuantizedWeight, quantize
+
+DECODE = [
+    (40, 512),
+    (17, 576),
+    (8, 128),
+    (300, 4096),
+    (40, 9216),
+]  # outputs, inputs: one strip, few, a second set, wide
+TOKENS = (1, 2, 4, 8, 16)
+MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20)]
+
+
+def weight(out_features: int, in_features: int, bits: Any = "4", experts: int = 0) -> QuantizedWeight:
+    shape = (experts, out_features, in_features) if experts else (out_features, in_features)
+    return quantize(torch.randn(shape, device="cuda") * 0.05, QuantConfig(bits=bits))
+
+
+def linear(qw: QuantizedWeight, tokens: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, qw.in_features, device="cuda").to(dtype)
+    kernels.linear(x, qw, torch.randn(qw.out_features, device="cuda").to(dtype), backend="cuda")
+
+
+def experts(tokens: int, bits: str) -> None:
+    ids = torch.randint(-1, 6, (tokens, 2), device="cuda")  # some do not exist
+    kernels.experts(torch.randn(tokens, 512, device="cuda").bfloat16(), weight(40, 512, bits, experts=5), ids)
+
+
+def fp8() -> None:
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
+        linear(weight(64, 512), 400, torch.bfloat16)
+
+
+def cases() -> Iterator[Callable[[], object]]:
+    for (out_features, in_features), tokens in ((shape, t) for shape in DECODE for t in TOKENS):
+        yield lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
+    for bits in ("2", "3", "6", "3+2"):
+        yield lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
+        yield lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
+    for out_features, in_features, tokens in MIDDLE:
+        yield lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.float32)
+    for tokens in (2, 30, 200):
+        yield lambda t=tokens: experts(t, "4")
+    yield lambda: experts(200, "4+4")
+    yield lambda: linear(weight(40, 512), 2000, torch.bfloat16)
+    yield lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
+    yield fp8
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device, torch sees none")
+    checked = "NV_SANITIZER_INJECTION_PORT_BASE" in os.environ
+    with torch.inference_mode(), ThreadPoolExecutor(1 if checked else os.cpu_count()) as pool:
+        done = list(pool.map(lambda case: case(), cases()))
+    torch.cuda.synchronize()
+    sys.stdout.write(f"{len(done)} cases\n")
+
+
+if __name__ == "__main__":
+    main()
