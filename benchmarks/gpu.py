@@ -34,7 +34,7 @@ from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 PEER_TOKENS = (1, 8, 16, 32, 64, 512)
-PEER_SECONDS = 6  # for the products of one peer and shape: some tune themselves for minutes
+PEER_SECONDS = 15  # for the products of one peer and shape: some tune themselves for minutes
 FP8_TOKENS = 512  # from here on also with fp8 activations
 GROUP = 128
 

@@ -3,8 +3,8 @@
     python tests/cuda_sanitizer.py
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
-The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck. Values are not compared:
-that is what test_cuda.py does.
+The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
+few several wide middle experts dense. Values are not compared: that is what test_cuda.py does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -54,20 +55,21 @@ def fp8() -> None:
         linear(weight(64, 512), 400, torch.bfloat16)
 
 
-def cases() -> Iterator[Callable[[], object]]:
-    for (out_features, in_features), tokens in ((shape, t) for shape in DECODE for t in TOKENS):
-        yield lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    for (out_features, in_features), tokens in product(DECODE, TOKENS):
+        kind = "wide" if in_features > 8192 else "few" if tokens <= 2 else "several"
+        yield kind, lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
     for bits in ("2", "3", "6", "3+2"):
-        yield lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
-        yield lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
+        yield "several", lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
+        yield "middle", lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
     for out_features, in_features, tokens in MIDDLE:
-        yield lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.float32)
+        yield "middle", lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.float32)
     for tokens in (2, 30, 200):
-        yield lambda t=tokens: experts(t, "4")
-    yield lambda: experts(200, "4+4")
-    yield lambda: linear(weight(40, 512), 2000, torch.bfloat16)
-    yield lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
-    yield fp8
+        yield "experts", lambda t=tokens: experts(t, "4")
+    yield "experts", lambda: experts(200, "4+4")
+    yield "dense", lambda: linear(weight(40, 512), 2000, torch.bfloat16)
+    yield "dense", lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
+    yield "dense", fp8
 
 
 def main() -> None:
@@ -75,8 +77,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, torch sees none")
     checked = "NV_SANITIZER_INJECTION_PORT_BASE" in os.environ
+    chosen = [case for kind, case in cases() if kind in sys.argv[1:] or not sys.argv[1:]]
     with torch.inference_mode(), ThreadPoolExecutor(1 if checked else os.cpu_count()) as pool:
-        done = list(pool.map(lambda case: case(), cases()))
+        done = list(pool.map(lambda case: case(), chosen))
     torch.cuda.synchronize()
     sys.stdout.write(f"{len(done)} cases\n")
 

@@ -433,7 +433,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         warps=warps,
         share=share,
         ring=ring,
-        early=ring if many or wide else 1,
+        early=1 if fused and not (many or wide) else ring,
         unroll=2,
         halves=tokens <= 8,
         small=out < 16,
