@@ -778,7 +778,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   __syncwarp();
 #endif
 #if CLUSTER > 1
-  cluster_signal();
+  cluster_arrive();
 #endif
 #if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
   for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)
