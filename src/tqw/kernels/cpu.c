@@ -179,7 +179,7 @@ struct call {
     int64_t tokens, planes, columns;  // columns = tokens * planes: vectors that are multiplied
     int dtype, bias_dtype, layout, isa;
     int64_t chunk, chunks;
-    int64_t rows_per_item;
+    int64_t rows_per_item, tokens_per_item;  // of the prologue
     int sets;                        // activations: one set for each (channel scale, order) that occurs
     int set_of_pass[MAX_PASSES];
     int order[MAX_PASSES];           // fields of a byte of the first plane: 4 at 2 and 3 bits, 2 at 4 to 6, 1 at 8
@@ -207,6 +207,15 @@ static int64_t token_bytes(const struct call *c, int order) {
 
 INLINE v16f butterfly(v16f v, v16f partner, v16f sign) { return v * sign + partner; }
 
+INLINE void add_subtract(v16f *v, int count, const int half) {
+    for (int i = 0; i < count / 2; i++) {
+        int j = i / half * 2 * half + i % half;
+        v16f low = v[j], high = v[j + half];
+        v[j] = low + high;
+        v[j + half] = low - high;
+    }
+}
+
 // Unnormalised Walsh-Hadamard transform of v[0 .. block), block a power of two from 32 to 128.
 INLINE void walsh_hadamard(v16f *v, int count) {
     const v16f s1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
@@ -221,13 +230,9 @@ INLINE void walsh_hadamard(v16f *v, int count) {
         a = butterfly(a, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), s8);
         v[i] = a;
     }
-    for (int half = 1; half < count; half *= 2)
-        for (int i = 0; i < count; i += 2 * half)
-            for (int j = i; j < i + half; j++) {
-                v16f low = v[j], high = v[j + half];
-                v[j] = low + high;
-                v[j + half] = low - high;
-            }
+    add_subtract(v, count, 1);  // one after the other: compilers unroll these loops, but not a loop over them
+    if (count > 2) add_subtract(v, count, 2);
+    if (count > 4) add_subtract(v, count, 4);
 }
 
 INLINE void matrix_product(const float *matrix, v16f *v, int64_t block) {  // v <- Q v
@@ -320,31 +325,7 @@ INLINE void arrange_lanes(const struct call *c, const int8_t *q, const float *sx
     }
 }
 
-// The order in which a unit of 32 codes meets its 8 steps of 4 (see step_of in cpu_avx512.h).
-INLINE void reorder_unit(const int8_t *q, int8_t *out, int order) {
-    typedef int8_t unit __attribute__((vector_size(32), aligned(1)));
-    unit v = *(const unit *)q;
-    if (order == 2)
-        v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13,
-                                    15, 17, 19, 21, 23, 25, 27, 29, 31);
-    if (order == 4)
-        v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6, 10, 14, 18, 22,
-                                    26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
-    *(unit *)out = v;
-}
-
-INLINE void arrange_columns(const struct call *c, const int8_t *q, const float *sx, char *out, int order) {
-    float *scale = (float *)(out + c->w->padded);
-    int32_t *start = (int32_t *)(scale + c->chunks);
-    for (int64_t i = 0; i < c->chunks; i++) {
-        int32_t sum = 0;
-        for (int64_t k = 0; k < c->chunk; k++) sum += q[i * c->chunk + k];
-        scale[i] = sx[i];
-        start[i] = -128 * sum;
-    }
-    for (int64_t k = 0; k < c->w->padded; k += 32) reorder_unit(q + k, (int8_t *)out + k, order);
-}
-
+// One token in any layout but COLUMNS.
 INLINE int prologue_body(struct call *c, int64_t token) {
     const struct tqw_weight *w = c->w;
     float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
@@ -375,10 +356,8 @@ INLINE int prologue_body(struct call *c, int64_t token) {
             if (c->layout == NATURAL) {
                 memcpy(out, from, (size_t)w->padded);
                 memcpy(out + w->padded, sx, (size_t)c->chunks * 4);
-            } else if (c->layout == LANES) {
-                arrange_lanes(c, from, sx, out, c->order[set]);
             } else {
-                arrange_columns(c, from, sx, out, c->order[set]);
+                arrange_lanes(c, from, sx, out, c->order[set]);
             }
         }
     }
@@ -660,6 +639,7 @@ EXPORT int64_t tqw_isa(void) { return detected_isa(); }
 
 static void choose_functions(struct call *c, int exact) {
     c->prologue = prologue_portable;
+    c->tokens_per_item = 1;
     c->body = rows_portable;
 #if defined(__x86_64__)
     if (c->isa >= AVX2) c->prologue = prologue_avx2, c->body = rows_avx2;
@@ -667,6 +647,7 @@ static void choose_functions(struct call *c, int exact) {
     if (c->isa == AVX512) {
         c->prologue = prologue_avx512;
         if (!exact) c->body = c->layout == LANES ? lanes_avx512 : panels_avx512;
+        if (c->layout == COLUMNS) c->prologue = columns_avx512, c->tokens_per_item = COLUMNS_TOKENS;
     }
 #elif defined(__aarch64__)
     if (c->isa == NEON) c->body = rows_neon;
@@ -745,7 +726,8 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
         f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
     }
     for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_rows(&f.members[i], threads);
-    int failed = parallel(first->prologue, first, tokens, tokens * w[0]->in < 1 << 14 ? 1 : threads);
+    int64_t items = (tokens + first->tokens_per_item - 1) / first->tokens_per_item;
+    int failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
     if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
     free(memory);
     return failed;

@@ -406,3 +406,159 @@ FAST static int panels_avx512(void *job, int64_t item) {
 }
 
 FAST static int prologue_avx512(void *job, int64_t token) { return prologue_body(job, token); }
+
+// ---- prologue of more tokens: T(x) -> COLUMNS, a block stays in registers from the load to the stored bytes
+
+#define COLUMNS_TOKENS 4  // of an item: they share the block's channel scales, and their reductions a tree
+
+// Shuffles from 64 bytes that vpackssdw and vpacksswb left interleaved to units of 32 in the order in which these meet
+// their 8 steps of 4 (see step_of): all first codes of the bytes, then all second codes, ...
+struct unpacking {
+    int32_t natural[16], dwords[16];
+    int8_t bytes[16];
+};
+
+static const struct unpacking unpacking_of_order[5] = {
+    [1] = {.natural = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15}},
+    [2] = {.natural = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
+           .bytes = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15},
+           .dwords = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15}},
+    [4] = {.natural = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
+           .bytes = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15},
+           .dwords = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15}},
+};
+
+FAST_INLINE __mmask16 existing(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0; }
+
+// 16 values of which `left` exist; the others are 0.
+FAST_INLINE __m512 load_values(const char *x, int64_t i, int64_t left, int dtype) {
+    __mmask16 valid = existing(left);
+    if (dtype == FLOAT32) return _mm512_maskz_loadu_ps(valid, x + i * 4);
+    __m256i half = _mm256_maskz_loadu_epi16(valid, x + i * 2);
+    return dtype == FLOAT16 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+FAST_INLINE void channel_scales(const uint8_t *channel, int64_t left, const int count, v16f *scale) {
+    for (int i = 0; i < count; i++) {
+        __m128i bytes = _mm_maskz_loadu_epi8(existing(left - i * 16), channel + i * 16);
+        scale[i] = (v16f)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));  // e5m2: a half's upper byte
+    }
+}
+
+// `transform_block` with `count` known to the compiler, which then keeps v in registers.
+FAST_INLINE void transform_in_registers(const struct call *c, const v16f *scale, const char *x, int64_t start,
+                                        const int count, v16f *v) {
+    const int64_t left = c->w->in - start;
+    for (int i = 0; i < count; i++) v[i] = (v16f)load_values(x, start + i * 16, left - i * 16, c->dtype) * scale[i];
+    if (c->w->rotation == HADAMARD) walsh_hadamard(v, count);
+    else if (c->w->rotation == QR) matrix_product(c->w->matrix, v, count * 16);
+}
+
+// Lane k: the largest lane of v[k], or the sum of its lanes.
+#define REDUCE_FOUR(name, op)                                                                                      \
+    FAST_INLINE __m128i name(const __m512i *v) {                                                                   \
+        __m512i a = _mm512_##op(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));             \
+        __m512i b = _mm512_##op(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));             \
+        a = _mm512_##op(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));                                 \
+        __m256i half = _mm256_##op(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));                    \
+        return _mm_##op(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));                          \
+    }
+REDUCE_FOUR(reduce_max, max_epu32)
+REDUCE_FOUR(reduce_add, add_epi32)
+
+// 16 count values times `inverse`, rounded, as bytes at `to` in unpacking order. Returns sums of 4 of them. `rest`: v
+// becomes what the rounding left over.
+FAST_INLINE __m512i round_values(v16f *v, const int count, __m512 inverse, const __m512 *rest, const struct unpacking *u,
+                                 char *to) {
+    __m512i rounded[8], sum = _mm512_setzero_si512();
+    for (int i = 0; i < count; i++) rounded[i] = _mm512_cvtps_epi32((__m512)v[i] * inverse);
+    if (rest)
+        for (int i = 0; i < count; i++) v[i] -= (v16f)(_mm512_cvtepi32_ps(rounded[i]) * *rest);
+    for (int i = 0; i < count; i += 4) {
+        __m512i low = _mm512_packs_epi32(rounded[i], rounded[i + 1]);
+        __m512i high = count == 2 ? _mm512_setzero_si512() : _mm512_packs_epi32(rounded[i + 2], rounded[i + 3]);
+        __m512i bytes = _mm512_packs_epi16(low, high);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), bytes);
+        bytes = _mm512_permutexvar_epi32(_mm512_loadu_si512(u->natural), bytes);
+        if (u->bytes[1]) {  // any order but the natural one
+            __m512i inside = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)u->bytes));
+            bytes = _mm512_permutexvar_epi32(_mm512_loadu_si512(u->dwords), _mm512_shuffle_epi8(bytes, inside));
+        }
+        if (count == 2) _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(bytes));
+        else _mm512_storeu_si512(to + i * 16, bytes);
+    }
+    return sum;
+}
+
+// `quantize_chunk` of four tokens straight into their COLUMNS: q, and at `at` bytes from it sx and, `chunks` floats
+// further, -128 sum(q).
+FAST_INLINE void quantize_columns(v16f v[4][8], const int from, const int count, const struct unpacking *u, char *const *q,
+                                  int64_t at, int64_t chunks, float norm, int rest) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);  // as integers, magnitudes order like floats, NaN above all
+    __m512i largest[4], sum[4];
+    for (int k = 0; k < 4; k++) {
+        largest[k] = _mm512_and_si512((__m512i)v[k][from], magnitude);
+        for (int i = 1; i < count; i++)
+            largest[k] = _mm512_max_epu32(largest[k], _mm512_and_si512((__m512i)v[k][from + i], magnitude));
+    }
+    const __m128 top = _mm_castsi128_ps(reduce_max(largest));
+    const __mmask8 finite = _mm_cmp_ps_mask(top, _mm_set1_ps(INFINITY), _CMP_LT_OQ);
+    const __mmask8 some = _mm_mask_cmp_ps_mask(finite, top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+    const __m128 inverse = _mm_maskz_div_ps(some, _mm_set1_ps(127), top);
+    const __m128 scale = _mm_maskz_mul_ps(some, top, _mm_set1_ps(1.0f / 127));
+    float each[4], sx[4];
+    int32_t start[4];
+    _mm_storeu_ps(each, scale);
+    _mm_storeu_ps(sx, _mm_mask_mul_ps(_mm_set1_ps(NAN), finite, scale, _mm_set1_ps(norm)));
+    for (int k = 0; k < 4; k++) {
+        __m512 one = _mm512_broadcastss_ps(_mm_permutevar_ps(inverse, _mm_set1_epi32(k)));
+        __m512 left = _mm512_set1_ps(each[k]);
+        sum[k] = round_values(v[k] + from, count, one, rest ? &left : NULL, u, q[k] + from * 16);
+    }
+    _mm_storeu_si128((__m128i *)start, _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), reduce_add(sum)), 7));
+    for (int k = 0; k < 4; k++) {
+        float *to = (float *)(q[k] + at);
+        to[0] = sx[k];
+        memcpy(to + chunks, &start[k], 4);
+    }
+}
+
+// One block of four tokens; those from `tokens` on repeat the last.
+FAST_INLINE void block_columns(const struct call *c, int set, const struct unpacking *u, int64_t token, int64_t tokens,
+                               int64_t start, float norm, const int count, const int chunk) {
+    const struct tqw_weight *w = c->w;
+    v16f scale[8], v[4][8];
+    channel_scales(c->channel[set] + start, w->in - start, count, scale);
+    for (int k = 0; k < 4; k++) {
+        int64_t at = (token + smaller(k, tokens - 1)) * w->in;
+        transform_in_registers(c, scale, (const char *)c->x + at * (c->dtype == FLOAT32 ? 4 : 2), start, count, v[k]);
+    }
+    for (int64_t plane = 0; plane < c->planes; plane++) {
+        char *q[4];
+        for (int k = 0; k < 4; k++)
+            q[k] = c->activations[set] + ((token + smaller(k, tokens - 1)) * c->planes + plane) * c->stride[set] + start;
+        for (int i = 0; i < count; i += chunk) {
+            int64_t at = w->padded - start + (start + i * 16) / (chunk * 16) * 4;
+            quantize_columns(v, i, chunk, u, q, at, c->chunks, norm, plane + 1 < c->planes);
+        }
+    }
+}
+
+FAST static int columns_avx512(void *job, int64_t item) {
+    const struct call *c = job;
+    const struct tqw_weight *w = c->w;
+    const float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    int64_t token = item * COLUMNS_TOKENS, tokens = smaller(c->tokens - token, COLUMNS_TOKENS);
+    for (int set = 0; set < c->sets; set++) {
+        const struct unpacking *u = &unpacking_of_order[c->order[set]];
+        for (int64_t start = 0; start < w->padded; start += w->block)
+            switch (w->block + c->chunk / 32) {
+#define CASE(block, chunk)                                                                  \
+    case block + chunk / 32:                                                                \
+        block_columns(c, set, u, token, tokens, start, norm, block / 16, chunk / 16); break;
+                CASE(32, 32) CASE(64, 32) CASE(64, 64) CASE(128, 32) CASE(128, 64) CASE(128, 128)
+#undef CASE
+            }
+    }
+    return 0;
+}
