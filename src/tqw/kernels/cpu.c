@@ -29,6 +29,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_PASSES 4
 #define MAX_FAMILY 8
+#define COLUMNS_STEP 12      // AVX-512: columns are multiplied by 6 at a time, both planes of a token in one place
 #define STREAM_COLUMNS 4     // AVX-512: up to here rows are streamed, beyond them panels are multiplied
 #define TWO_PLANES_FROM 6    // bits of all passes: from here on one plane's rounding would cost more than the weights'
 
@@ -179,7 +180,8 @@ struct call {
     int64_t tokens, planes, columns;  // columns = tokens * planes: vectors that are multiplied
     int dtype, bias_dtype, layout, isa;
     int64_t chunk, chunks;
-    int64_t rows_per_item, tokens_per_item;  // of the prologue
+    int64_t rows_per_item, columns_per_item;
+    int64_t tokens_per_item;         // of the prologue
     int sets;                        // activations: one set for each (channel scale, order) that occurs
     int set_of_pass[MAX_PASSES];
     int order[MAX_PASSES];           // fields of a byte of the first plane: 4 at 2 and 3 bits, 2 at 4 to 6, 1 at 8
@@ -693,7 +695,21 @@ static int64_t divide_rows(struct call *c, int64_t threads) {
     for (int64_t pass = 0; pass < c->w->passes; pass++) bytes += c->w->out * (c->w->padded * c->w->pass[pass].bits / 8);
     int64_t items = smaller(bytes * smaller(c->tokens, 8) / (1 << 14) + 1, threads * 4);
     c->rows_per_item = round_up((c->w->out + items - 1) / items, c->layout == COLUMNS ? 64 : 4);
+    c->columns_per_item = c->columns;
     return (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+}
+
+// Few panels of rows divide badly among the threads: 9 between 2 leave one waiting for a tenth of the time. Then items
+// are one panel and a part of the columns, as many parts as end soonest when to expand a panel takes as long as 4 columns.
+static int64_t divide_columns(struct call *c, int64_t threads) {
+    int64_t items = divide_rows(c, threads), panels = (c->w->out + 63) / 64;
+    int64_t least = (items + threads - 1) / threads * c->rows_per_item * (c->columns + 4) * 31 / 32;
+    for (int64_t parts = 1; parts <= 8 && c->columns / parts >= 48; parts++) {
+        int64_t each = round_up((c->columns + parts - 1) / parts, COLUMNS_STEP);
+        int64_t count = panels * ((c->columns + each - 1) / each), time = (count + threads - 1) / threads * 64 * (each + 4);
+        if (time < least) least = time, items = count, c->rows_per_item = 64, c->columns_per_item = each;
+    }
+    return items;
 }
 
 // y[i] = T(x) V_i^T + bias[i] for `count` weights that differ only in `out`, codes and weight scales: T(x) is that of
@@ -725,7 +741,7 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
         f.members[i] = *first;
         f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
     }
-    for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_rows(&f.members[i], threads);
+    for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_columns(&f.members[i], threads);
     int64_t items = (tokens + first->tokens_per_item - 1) / first->tokens_per_item;
     int failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
     if (!failed) failed = parallel(family_body, &f, f.first[count], threads);

@@ -230,7 +230,7 @@ FAST static int lanes_avx512(void *job, int64_t item) {
 
 #define PANEL_ROWS 64
 #define PANEL_TILE 128
-#define PANEL_TOKENS 256
+#define PANEL_TOKENS 264  // whose sums should stay near; a multiple of COLUMNS_STEP
 
 FAST_INLINE void transpose(__m512i v[16]) {  // 16 x 16 int32
     __m512i t[16];
@@ -376,10 +376,10 @@ FAST_INLINE void store_panel(const struct call *c, int64_t row, int64_t rows, co
 }
 
 FAST_INLINE void panel(const struct call *c, const struct tables *tables, int64_t row, int64_t rows, const int n,
-                       uint8_t *memory) {
+                       int64_t token, int64_t end, uint8_t *memory) {
     float *y = (float *)(memory + PANEL_ROWS * PANEL_TILE);
-    for (int64_t token = 0; token < c->columns; token += PANEL_TOKENS) {
-        int64_t tokens = smaller(c->columns - token, PANEL_TOKENS);
+    for (; token < end; token += PANEL_TOKENS) {
+        int64_t tokens = smaller(end - token, PANEL_TOKENS);
         memset(y, 0, (size_t)(tokens * n * 64));
         for (int64_t pass = 0; pass < c->w->passes; pass++)
             switch (c->w->pass[pass].bits) {
@@ -391,16 +391,18 @@ FAST_INLINE void panel(const struct call *c, const struct tables *tables, int64_
     }
 }
 
+// Items: the first part of the columns for all rows, then the next part, so that the threads expand different rows.
 FAST static int panels_avx512(void *job, int64_t item) {
     const struct call *c = job;
     struct tables tables[MAX_PASSES];
     for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
-    int64_t tokens = smaller(c->columns, PANEL_TOKENS);
-    uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + tokens * 4)));
+    const int64_t items = (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+    const int64_t token = item / items * c->columns_per_item, last = smaller(token + c->columns_per_item, c->columns);
+    uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + smaller(last - token, PANEL_TOKENS) * 4)));
     if (!memory) return NO_MEMORY;
-    int64_t row = item * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
-    for (; end - row > 32; row += 64) panel(c, tables, row, smaller(end - row, 64), 4, memory);
-    for (; row < end; row += 16) panel(c, tables, row, smaller(end - row, 16), 1, memory);
+    int64_t row = item % items * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    for (; end - row > 32; row += 64) panel(c, tables, row, smaller(end - row, 64), 4, token, last, memory);
+    for (; row < end; row += 16) panel(c, tables, row, smaller(end - row, 16), 1, token, last, memory);
     free(memory);
     return 0;
 }
