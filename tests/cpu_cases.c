@@ -50,7 +50,7 @@ static double rotated(const struct tqw_weight *w, const uint8_t *channel, const 
 
 static void *exactly(int64_t bytes) { return malloc((size_t)(bytes ? bytes : 1)); }
 
-static int ran[AVX512 + 1];  // instruction sets
+static int ran[AMX + 1];  // instruction sets
 
 static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const int *bits, int64_t tokens, int dtype) {
     int64_t block = 128;
@@ -104,7 +104,7 @@ static int run(int64_t in, int64_t out, int64_t group, int64_t rotation, const i
     }
     int failures = 0, best = detected_isa();
 #ifdef TQW_EVEX
-    int has_avxvnni = best == AVX512;
+    int has_avxvnni = best >= AVX512;
 #else
     int has_avxvnni = best == AVXVNNI;
 #endif
@@ -143,7 +143,7 @@ int main(void) {
                 }
     failures += run(256, 70, 128, HADAMARD, widths[2], 300, FLOAT32);
     printf("%d cases, instruction sets", cases + 1);
-    for (int isa = 0; isa <= AVX512; isa++)
+    for (int isa = 0; isa <= AMX; isa++)
         if (ran[isa]) printf(" %d", isa);
     printf(", %d failures\n", failures);
     return failures != 0;

@@ -18,6 +18,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -30,12 +34,13 @@
 #define MAX_PASSES 4
 #define MAX_FAMILY 8
 #define COLUMNS_STEP 12      // AVX-512: columns are multiplied by 6 at a time, both planes of a token in one place
+#define TILES_STEP 32        // AMX: the same
 #define STREAM_COLUMNS 4     // AVX-512: up to here rows are streamed, beyond them panels are multiplied
 #define TWO_PLANES_FROM 6    // bits of all passes: from here on one plane's rounding would cost more than the weights'
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NONE, HADAMARD, QR };
-enum { PORTABLE, NEON, AVX2, AVXVNNI, AVX512 };
+enum { PORTABLE, NEON, AVX2, AVXVNNI, AVX512, AMX };  // AMX: AVX512 with another product for many tokens
 enum { NO_MEMORY = 1 };
 
 struct tqw_pass {
@@ -617,12 +622,26 @@ __attribute__((target(AVXVNNI_FEATURES))) static int rows_avxvnni(void *j, int64
 
 // ---------------------------------------------------------------- the call
 
+#if defined(__x86_64__)
+// Whether there are tiles of int8; Linux lets a process have their 8 KiB of registers once it has asked.
+static int has_amx(void) {
+#if defined(__linux__)
+    int a = 7, b = 0, c = 0, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const int tile = 1 << 24, int8 = 1 << 25, request_permission = 0x1023, tile_data = 18;
+    return (d & tile) && (d & int8) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
 static int detected_isa(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return AVX512;
+        return has_amx() ? AMX : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         int a = 7, b = 0, c = 1, d = 0;
         __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
@@ -646,7 +665,7 @@ static void choose_functions(struct call *c, int exact) {
 #if defined(__x86_64__)
     if (c->isa >= AVX2) c->prologue = prologue_avx2, c->body = rows_avx2;
     if (c->isa == AVXVNNI) c->body = rows_avxvnni;
-    if (c->isa == AVX512) {
+    if (c->isa >= AVX512) {
         c->prologue = prologue_avx512;
         if (!exact) c->body = c->layout == LANES ? lanes_avx512 : panels_avx512;
         if (c->layout == COLUMNS) c->prologue = columns_avx512, c->tokens_per_item = COLUMNS_TOKENS;
@@ -702,10 +721,11 @@ static int64_t divide_rows(struct call *c, int64_t threads) {
 // Few panels of rows divide badly among the threads: 9 between 2 leave one waiting for a tenth of the time. Then items
 // are one panel and a part of the columns, as many parts as end soonest when to expand a panel takes as long as 4 columns.
 static int64_t divide_columns(struct call *c, int64_t threads) {
-    int64_t items = divide_rows(c, threads), panels = (c->w->out + 63) / 64;
+    const int64_t step = c->isa == AMX ? TILES_STEP : COLUMNS_STEP, panels = (c->w->out + 63) / 64;
+    int64_t items = divide_rows(c, threads);
     int64_t least = (items + threads - 1) / threads * c->rows_per_item * (c->columns + 4) * 31 / 32;
     for (int64_t parts = 1; parts <= 8 && c->columns / parts >= 48; parts++) {
-        int64_t each = round_up((c->columns + parts - 1) / parts, COLUMNS_STEP);
+        int64_t each = round_up((c->columns + parts - 1) / parts, step);
         int64_t count = panels * ((c->columns + each - 1) / each), time = (count + threads - 1) / threads * 64 * (each + 4);
         if (time < least) least = time, items = count, c->rows_per_item = 64, c->columns_per_item = each;
     }
@@ -726,7 +746,7 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     for (int64_t pass = 0; pass < w[0]->passes; pass++) bits += w[0]->pass[pass].bits;
     first->planes = !exact && bits >= TWO_PLANES_FROM ? 2 : 1;
     first->columns = tokens * first->planes;
-    first->layout = exact ? FLOATS : isa != AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
+    first->layout = exact ? FLOATS : isa < AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
     first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
     first->chunks = w[0]->padded / first->chunk;
     choose_functions(first, (int)exact);

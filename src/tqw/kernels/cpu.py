@@ -6,8 +6,8 @@
 For weights of 6 bits and more (all passes together) what that rounding leaves is quantized and multiplied too.
 
 cpu.c is built with the package where there is a C compiler (setup.py) and loaded here with ctypes on first use.
-Two environment variables are for tests and ablations: TQW_CPU_ISA (portable, neon, avx2, avxvnni, avx512) picks a
-lesser instruction set, TQW_CPU_ACTIVATIONS=float keeps the activations in float32.
+Two environment variables are for tests and ablations: TQW_CPU_ISA (portable, neon, avx2, avxvnni, avx512, amx) picks
+a lesser instruction set, TQW_CPU_ACTIVATIONS=float keeps the activations in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqw.codebook import levels
 from tqw.errors import TqwError
 from tqw.weight import QuantizedWeight
 
-ISAS = ("portable", "neon", "avx2", "avxvnni", "avx512")  # the order of cpu.c
+ISAS = ("portable", "neon", "avx2", "avxvnni", "avx512", "amx")  # the order of cpu.c
 _ROTATIONS = ("none", "hadamard", "qr")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_PASSES = 4

@@ -1,4 +1,4 @@
-// AVX-512 VNNI kernels of cpu.c. Weights are unsigned bytes level + 128, activations signed bytes: what vpdpbusd
+// AVX-512 VNNI and AMX kernels of cpu.c. Weights are unsigned bytes level + 128, activations signed bytes: what vpdpbusd
 // multiplies. The offset is undone by accumulators that start at -128 sum(q).
 //
 //   up to 4 tokens each row is a stream: decode 128 codes, two vpdpbusd against the LANES activations
@@ -230,7 +230,7 @@ FAST static int lanes_avx512(void *job, int64_t item) {
 
 #define PANEL_ROWS 64
 #define PANEL_TILE 128
-#define PANEL_TOKENS 264  // whose sums should stay near; a multiple of COLUMNS_STEP
+#define PANEL_TOKENS 288  // whose sums should stay near; a multiple of COLUMNS_STEP and TILES_STEP
 
 FAST_INLINE void transpose(__m512i v[16]) {  // 16 x 16 int32
     __m512i t[16];
@@ -290,6 +290,10 @@ FAST_INLINE void decode_panel(const struct tables *t, const int bits, const uint
     }
 }
 
+FAST_INLINE void add_scaled(float *y, __m512i dot, __m512 scale, __m512 mine) {
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, mine), _mm512_loadu_ps(y)));
+}
+
 // y[token][16 n rows] += scale[row] * sx[token] * (codes of one chunk . q[token]) for `m` tokens.
 FAST_INLINE void multiply(const uint8_t *panel, int64_t steps, const int n, const int m, const char *q, const float *sx,
                           const int32_t *start, int64_t stride, const float *scale, float *y) {
@@ -308,11 +312,7 @@ FAST_INLINE void multiply(const uint8_t *panel, int64_t steps, const int n, cons
     }
     for (int i = 0; i < m; i++) {
         __m512 mine = _mm512_set1_ps(*(const float *)((const char *)sx + i * stride));
-        for (int j = 0; j < n; j++) {
-            float *at = y + (i * n + j) * 16;
-            __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scale + j * 16), mine);
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][j]), s, _mm512_loadu_ps(at)));
-        }
+        for (int j = 0; j < n; j++) add_scaled(y + (i * n + j) * 16, dot[i][j], _mm512_loadu_ps(scale + j * 16), mine);
     }
 }
 
@@ -333,6 +333,75 @@ FAST_INLINE void multiply_tokens(const uint8_t *panel, int64_t steps, const int 
 #undef TIMES
 }
 
+// ---- the same with AMX tiles of 16 rows of 64 bytes: 16 tokens' q as they lie times 16 steps of a panel as they lie
+
+#define AMX_FAST __attribute__((target(AVX512_FEATURES ",amx-tile,amx-int8")))
+
+AMX_FAST static void tiles_begin(void) {
+    struct { uint8_t palette, start_row, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));  // the intrinsic tells gcc of 8 of the 64 bytes only
+}
+
+AMX_FAST static void tiles_end(void) { _tile_release(); }
+
+// dot[32 tokens][32 rows] of one chunk, without `start`. Of one half of the tokens only, if there are fewer.
+AMX_FAST INLINE void dot_tiles(const uint8_t *panel, int64_t steps, const char *q, int64_t stride, const int halves,
+                               int32_t dot[32][32]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; step += 16, panel += 16 * PANEL_ROWS * 4, q += 64) {
+        _tile_loadd(4, q, stride);
+        _tile_loadd(6, panel, PANEL_ROWS * 4);
+        _tile_loadd(7, panel + 64, PANEL_ROWS * 4);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        if (halves == 1) continue;
+        _tile_loadd(5, q + 16 * stride, stride);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, dot[0], sizeof dot[0]);
+    _tile_stored(1, dot[0] + 16, sizeof dot[0]);
+    if (halves == 1) return;
+    _tile_stored(2, dot[16], sizeof dot[0]);
+    _tile_stored(3, dot[16] + 16, sizeof dot[0]);
+}
+
+// What `multiply` adds to y, for `tokens` tokens and 32 rows.
+AMX_FAST INLINE void add_tiles(int32_t dot[32][32], int64_t tokens, const float *sx, const int32_t *start, int64_t stride,
+                               const float *scale, float *y) {
+    const __m512 low = _mm512_loadu_ps(scale), high = _mm512_loadu_ps(scale + 16);
+    for (int64_t i = 0; i < tokens; i++, y += PANEL_ROWS) {
+        const __m512i first = _mm512_set1_epi32(*(const int32_t *)((const char *)start + i * stride));
+        const __m512 mine = _mm512_set1_ps(*(const float *)((const char *)sx + i * stride));
+        add_scaled(y, _mm512_add_epi32(_mm512_load_si512(dot[i]), first), low, mine);
+        add_scaled(y + 16, _mm512_add_epi32(_mm512_load_si512(dot[i] + 16), first), high, mine);
+    }
+}
+
+// `multiply` for the 64 rows of a panel and as many tokens as fill tiles: returns how many. The same to the last bit. Each
+// product starts before the previous one is added to y, which hides some of its latency.
+AMX_FAST static int64_t multiply_tiles(const uint8_t *panel, int64_t steps, int64_t tokens, const char *q, const float *sx,
+                                       const int32_t *start, int64_t stride, const float *scale, float *y) {
+    int32_t dot[2][32][32] __attribute__((aligned(64)));
+    const int64_t taken = tokens / 16 * 16, products = (taken + 31) / 32 * 2;
+    for (int64_t next = 0; next <= products; next++) {
+        if (next < products) {
+            int64_t i = next / 2 * 32;
+            dot_tiles(panel + next % 2 * 128, steps, q + i * stride, stride, taken - i < 32 ? 1 : 2, dot[next % 2]);
+        }
+        if (next > 0) {
+            int64_t last = next - 1, i = last / 2 * 32, row = last % 2 * 32;
+            add_tiles(dot[last % 2], smaller(taken - i, 32), (const float *)((const char *)sx + i * stride),
+                      (const int32_t *)((const char *)start + i * stride), stride, scale + row, y + i * PANEL_ROWS + row);
+        }
+    }
+    return taken;
+}
+
 // The scales of one group: float[16 n], rows past the end repeat.
 FAST_INLINE void panel_scales(const struct tqw_pass *p, const struct tables *t, int64_t row, int64_t rows, const int n,
                               int64_t group, float *scale) {
@@ -350,6 +419,7 @@ FAST_INLINE void panel_pass(const struct call *c, const struct tables *t, int64_
     const char *q = c->activations[set] + token * stride;
     const float *sx = (const float *)(q + c->w->padded);
     const int32_t *start = (const int32_t *)(sx + c->chunks);
+    const int tiles = c->isa == AMX && c->chunk >= 64;
     float scale[PANEL_ROWS] = {0};
     int64_t group = -1;
     for (int64_t first = 0; first < t->padded; first += PANEL_TILE) {
@@ -358,8 +428,14 @@ FAST_INLINE void panel_pass(const struct call *c, const struct tables *t, int64_
                          panel + j * 64, pitch);
         for (int64_t k = first; k < smaller(first + PANEL_TILE, t->padded); k += c->chunk) {
             if (k / t->group != group) panel_scales(p, t, row, rows, n, group = k / t->group, scale);
-            multiply_tokens(panel + (k - first) / 4 * pitch, c->chunk / 4, n, tokens, q + k, sx + k / c->chunk,
-                            start + k / c->chunk, stride, scale, y);
+            const uint8_t *mine = panel + (k - first) / 4 * pitch;
+            const int64_t steps = c->chunk / 4, i = k / c->chunk;
+            int64_t done = 0;
+            if (tiles && n * 16 == PANEL_ROWS)
+                done = multiply_tiles(mine, steps, tokens, q + k, sx + i, start + i, stride, scale, y);
+            multiply_tokens(mine, steps, n, tokens - done, q + k + done * stride,
+                            (const float *)((const char *)(sx + i) + done * stride),
+                            (const int32_t *)((const char *)(start + i) + done * stride), stride, scale, y + done * n * 16);
         }
     }
 }
@@ -401,8 +477,10 @@ FAST static int panels_avx512(void *job, int64_t item) {
     uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + smaller(last - token, PANEL_TOKENS) * 4)));
     if (!memory) return NO_MEMORY;
     int64_t row = item % items * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    if (c->isa == AMX) tiles_begin();
     for (; end - row > 32; row += 64) panel(c, tables, row, smaller(end - row, 64), 4, token, last, memory);
     for (; row < end; row += 16) panel(c, tables, row, smaller(end - row, 16), 1, token, last, memory);
+    if (c->isa == AMX) tiles_end();
     free(memory);
     return 0;
 }
