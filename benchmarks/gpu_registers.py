@@ -20,21 +20,23 @@ from tqw.kernels import cuda
 from tqw.report import document, write_json
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, ring=2)
-VARIANTS = {
-    "1 token": BASE,
-    "1 token, 3 bits": replace(BASE, bits=(3,)),
-    "1 token, 6 bits": replace(BASE, bits=(6,)),
-    "1 token, 8 bits": replace(BASE, bits=(8,)),
-    "1 token, 4+4 bits": replace(BASE, bits=(4, 4)),
-    "1 token, 14336 inputs": replace(BASE, padded_in=14336, fused=False, ring=6),
-    "16 tokens": replace(BASE, column_tiles=4, fused=False),
+BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2)
+LINEARS = {  # the weight, and the tokens of the decode kernel
+    "1 token": (BASE, 1),
+    "1 token, 3 bits": (replace(BASE, bits=(3,)), 1),
+    "1 token, 6 bits": (replace(BASE, bits=(6,)), 1),
+    "1 token, 8 bits": (replace(BASE, bits=(8,)), 1),
+    "1 token, 4+4 bits": (replace(BASE, bits=(4, 4)), 1),
+    "1 token, 14336 inputs": (replace(BASE, padded_in=14336), 1),
+    "8 tokens": (BASE, 8),
+    "16 tokens": (BASE, 16),
 }
 HOPPER = {
-    "16 tokens, split inputs": replace(BASE, column_tiles=4, fused=False, split=2, share=8),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
+    "experts, 128 pairs each": replace(BASE, experts=True, columns=128, warpgroups=2, stages=3, min_ctas=2),
+    "experts, 256 pairs each": replace(BASE, experts=True, columns=256, warpgroups=2, stages=2),
 }
 FP8 = {"fp8 operands": replace(BASE, fp8=True)}
 _ENTRY = re.compile(
@@ -57,7 +59,9 @@ def main() -> None:
     output = parser.parse_args().output
     rows = []
     for arch in ARCHITECTURES:
-        variants = VARIANTS | (HOPPER if arch == "sm_90a" else {}) | ({} if arch in ("sm_80", "sm_86") else FP8)
+        device = cuda._Device(0, arch, 132, 0, clusters=arch in ("sm_90a", "sm_100", "sm_120"))
+        decode = {name: cuda._decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()}
+        variants = decode | (HOPPER if arch == "sm_90a" else {}) | ({} if arch in ("sm_80", "sm_86") else FP8)
         for name, variant in variants.items():
             rows += rows_of(name, variant, arch)
     for row in rows:
