@@ -54,7 +54,7 @@ def rows_of(name: str, variant: cuda.Variant, arch: str) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path)
     output = parser.parse_args().output
     rows = []
