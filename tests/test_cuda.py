@@ -107,6 +107,32 @@ def test_compiles_without_a_gpu(arch):
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
+@pytest.mark.parametrize(("arch", "clusters"), [("sm_80", False), ("sm_90a", True), ("sm_120", True)])
+@pytest.mark.parametrize(("padded_in", "tokens"), [(4096, 1), (4096, 2), (4096, 16), (14336, 1), (14336, 8)])
+def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens):
+    device = cuda._Device(0, arch, 132, 232448, clusters)
+    base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
+    variant = cuda._decode_variant(base, tokens, 4096, device)
+    assert clusters or variant.split == variant.cluster == 1
+    _, log = cuda.compile_with_log(variant.source(), arch)
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
+
+
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_shares_of_a_cta_are_whole(tile):
+    device = cuda._Device(0, "sm_90a", 132, 232448, True)
+    for padded_in in range(tile, 1 << 15, tile):
+        base = cuda.Variant((4,), padded_in, tile, tile, 128, True, True, 2)
+        for tokens, out_features in ((1, 17), (1, 4096), (2, 4096), (4, 200), (16, 50000)):
+            v = cuda._decode_variant(base, tokens, out_features, device)
+            assert padded_in // tile % v.split == 0
+            assert v.warps % v.share == 0
+            assert v.warps // v.share % v.split == 0
+            assert v.share <= padded_in // tile // v.split
+            assert v.warps <= 20
+            assert v.shared_bytes(1, 1) <= device.shared_bytes
+
+
 @pytest.mark.parametrize(
     ("padded_in", "tokens"),
     [(4096, t) for t in (20, 60, 90, 128, 200, 256, 512)] + [(14336, t) for t in (8, 16, 32, 64)],
