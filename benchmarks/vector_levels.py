@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,28 +84,19 @@ def coded(rotated: Tensor, levels: Levels) -> Tensor:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
+def measure(coders: dict[str, Callable[[Tensor], Tensor]], seeds: int, max_tokens: int, output: Path | None) -> None:
+    """The demo model with its rotated, channel-scaled weights as each coder, "... BITS", leaves them."""
     source = find(DEMO)
     model, tokenizer = load_float(source), load_tokenizer(source)
-    ids = windows(tokenizer, _text(None)[0], 1024, arguments.max_tokens)
+    ids = windows(tokenizer, _text(None)[0], 1024, max_tokens)
     reference = reference_log_probabilities(model, ids)
     power = calibration_power(model, calibration_ids(model, tokenizer, "self"))
-    books = {}
-    for bits in (4, 3):
-        scalar = lloyd_max(bits).float()
-        books[f"scalar {bits}"] = Levels(torch.cartesian_prod(scalar, scalar))
-        books[f"pairs {bits}"] = Levels(gaussian_points(4**bits))
     gauss = torch.randn(4096, GROUP, generator=torch.Generator().manual_seed(1))
     rows = []
-    for seed in range(arguments.seeds):
+    for seed in range(seeds):
         config = QuantConfig(group_size=GROUP, seed=seed)
         decisions = [d for d in resolve(model, config)[1] if d.bits]
-        for name, levels in books.items():
+        for name, coder in coders.items():
             changed = copy.deepcopy(model)
             for members in by_input(model, decisions).values():
                 weights = [model.get_submodule(m.name).weight for m in members]
@@ -111,21 +104,39 @@ def main() -> None:
                 channel = choose_channel_scale(weights, config, scale)
                 matrix = matrix_for("hadamard", block_size(weights[0].shape[1]), None, weights[0])
                 for member, weight in zip(members, weights, strict=True):
-                    v = coded(into_rotated(weight.float(), channel, matrix), levels)
+                    v = coder(into_rotated(weight.float(), channel, matrix))
                     changed.get_submodule(member.name).weight.copy_(untransform(v, channel, matrix))
             quality = evaluate(changed, ids, reference)
             row = {
                 "levels": name,
                 "seed": seed,
-                "bits_per_weight": float(name.split()[1]) + 16 / GROUP,  # channel scales add 0.01 to both
-                "gaussian_mse": float((gauss - coded(gauss, levels)).square().mean()),
+                "bits_per_weight": float(name.split()[-1]) + 16 / GROUP,  # channel scales add 0.01 to all
+                "gaussian_mse": float((gauss - coder(gauss)).square().mean()),
                 "mean_kl_divergence": quality.mean_kl_divergence,
                 "top1_agreement": quality.top1_agreement,
             }
             rows.append(row)
             print(row, flush=True)  # noqa: T201
-            if arguments.output:
-                write_json(arguments.output, document(rows, tokens=ids.numel(), group_size=GROUP))
+            if output:
+                write_json(output, document(rows, tokens=ids.numel(), group_size=GROUP))
+
+
+def arguments(description: str, seeds: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("-o", "--output", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments((__doc__ or "").splitlines()[0], 3)
+    coders = {}
+    for bits in (4, 3):
+        scalar = lloyd_max(bits).float()
+        coders[f"scalar {bits}"] = partial(coded, levels=Levels(torch.cartesian_prod(scalar, scalar)))
+        coders[f"pairs {bits}"] = partial(coded, levels=Levels(gaussian_points(4**bits)))
+    measure(coders, chosen.seeds, chosen.max_tokens, chosen.output)
 
 
 if __name__ == "__main__":
