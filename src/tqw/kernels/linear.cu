@@ -18,15 +18,15 @@
 // FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
 // NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
-// CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many that share the inputs, or 1: all have all (1, 1 before sm_90)
+// CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
 // RING, EARLY        tiles whose codes a warp has on their way, and those that it asks for before x
 // UNROLL             turns side by side in the loop: its instructions should fit in their cache
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
 // SMALL              1: fewer than 16 outputs
-// EXPERTS            1: stacked weights, row i of y is a token by expert ids[i]: decode takes one row for each blockIdx.y,
-//                    middle.cu blocks of rows that have the same expert
+// EXPERTS            1: stacked weights, row i of y is a token by expert ids[i]: decode takes one row for each
+//                    blockIdx.y, middle.cu blocks of rows that have the same expert
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -353,8 +353,6 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-// Without waiting for the writes before: others learn only that this CTA has come so far.
-__device__ __forceinline__ void cluster_signal() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -19,6 +19,11 @@ static constexpr int ROWS = 64 * WARPGROUPS, STAGE_BYTES = COLUMNS * TILE * 2, S
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 
+// Without waiting for the writes before: others learn only that this CTA has come so far.
+__device__ __forceinline__ void cluster_signal() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 // Byte offset, in T(x) as the product reads it, of the chunk that holds inputs k, k + 1 of a token; chunks k + 2, 4, 6
 // follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
 __device__ __forceinline__ i64 spread_offset(int token, int k) {
