@@ -21,6 +21,7 @@ from tqw.kernels import cpu
 from tqw.weight import QuantizedWeight, dequantize, quantize, rotated_levels, transform
 
 ISAS = cpu.available_isas()
+BFLOAT16_FROM = {32: 24, 64: 48, 128: 192}  # chunk: tokens from which on AMX multiplies bfloat16 below 6 bits
 ROUND_OFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
@@ -65,16 +66,23 @@ def check(
         |error| <= sum over chunks of (max |T(x)_c| / 254) * sum |V_c|
 
     (1/254 of that where weights of 6 bits and more have their inputs in two planes) and float32 arithmetic at most
-    8 sqrt(n) 2^-24 |x| |w| (see test_kernels.py); the output is rounded to its dtype.
+    8 sqrt(n) 2^-24 |x| |w| (see test_kernels.py); the output is rounded to its dtype. AMX rounds T(x) and V of many
+    tokens to bfloat16, each off by 2^-9 of itself:
+
+        |error| <= ((1 + 2^-9)^2 - 1) sum |T(x)| |V|
     """
     matrix, wide = qw.matrix(x.float()), x.double()
     chunk = min(qw.block, qw.group_size & -qw.group_size)
+    tiles = cpu.settings() == (cpu.ISAS.index("amx"), False) and sum(qw.bits) < 6 and len(x) >= BFLOAT16_FROM[chunk]
     rounding = torch.zeros(x.shape[0], qw.out_features, dtype=torch.float64)
     result = torch.zeros_like(rounding)
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         t = transform(wide, qw.scale_of_pass(index), None if matrix is None else matrix.double())
         v = rotated_levels(packed, scale, qw.padded_in, torch.float64)
         result += t @ v.T
+        if tiles:
+            rounding += (2.0**-8 + 2.0**-18) * (t.abs() @ v.abs().T)
+            continue
         rounding += t.unflatten(-1, (-1, chunk)).abs().amax(-1) / 254 @ v.unflatten(-1, (-1, chunk)).abs().sum(-1).T
     if bias is not None:
         result += bias.double()
@@ -119,6 +127,16 @@ def test_rotations_and_strategies(isa, rotation, strategy):
         check(kernels.linear(x, qw, backend="cpu"), x, qw)
 
 
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "3+2", "4+4"])
+@pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
+def test_many_tokens(isa, bits, rotation):
+    """Enough for AMX's bfloat16: parts of every tile, several blocks of inputs, passes that transform x differently."""
+    for in_features, group_size, tokens in ((200, 32, 24), (1472, 64, 67), (1536, 128, 201), (1536, -1, 550)):
+        qw = make(83, in_features, bits=bits, rotation=rotation, group_size=group_size, rotation_strategy="different")
+        x, bias = random_input(tokens, in_features), random_input(83, seed=3)
+        check(kernels.linear(x, qw, bias, backend="cpu"), x, qw, bias)
+
+
 def test_float_activations_are_exact(isa, monkeypatch):
     monkeypatch.setenv("TQW_CPU_ACTIVATIONS", "float")
     cpu.settings.cache_clear()
@@ -129,13 +147,13 @@ def test_float_activations_are_exact(isa, monkeypatch):
 
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     before = torch.get_num_threads()
-    qw = make(300, 1024)
+    qw, wide = make(300, 1024), make(300, 1024, group_size=32)
     try:
-        for tokens in (1, 7, 70, 300):
+        for tokens in (1, 7, 70, 300, 1100):
             x, results = random_input(tokens, 1024), []
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
-                results.append(kernels.linear(x, qw, backend="cpu"))
+                results.append(torch.cat([kernels.linear(x, w, backend="cpu") for w in (qw, wide)]))
             assert all(torch.equal(results[0], other) for other in results)
     finally:
         torch.set_num_threads(before)
@@ -161,6 +179,17 @@ def test_not_a_number_comes_through(isa, value):
     y = kernels.linear(x, qw, backend="cpu")
     assert y[1].isnan().all()
     check(y[::2], x[::2], qw)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_comes_through_among_many_tokens(isa, value):
+    """bfloat16 knows infinities, so outputs may be infinite, too."""
+    qw, x = make(group_size=32), random_input(40, 100)
+    x[1, 7] = value
+    y = kernels.linear(x, qw, backend="cpu")
+    others = torch.arange(40) != 1
+    assert not y[1].isfinite().any()
+    check(y[others], x[others], qw)
 
 
 def test_zero_and_tiny_inputs(isa):

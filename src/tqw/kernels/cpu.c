@@ -4,7 +4,8 @@
 //                                the rest is quantized once more, and both planes are multiplied like two tokens
 //   y[n]     = sum over chunks   weight_scale[n, group of c] * sx[c] * sum_k level[code[n, k]] * q[k]
 //
-// The inner sum is exact in int32. AVX-512 VNNI has its own kernels for few tokens (one pass over the packed bytes)
+// The inner sum is exact in int32. Where AMX has many tokens, T(x) and weight_scale * level are rounded to bfloat16 instead,
+// and their products summed in float32. AVX-512 VNNI has its own kernels for few tokens (one pass over the packed bytes)
 // and for many (panels of rows expanded to bytes, then an ordinary matrix product). Everything else expands one row
 // at a time with a table and takes dot products. A row is always summed by one thread in one order, so results do not
 // depend on the number of threads.
@@ -176,7 +177,8 @@ static int parallel(task run, void *job, int64_t count, int64_t threads) {
 //   LANES    for each tile of 128 (64 at 8 bits): q in the order in which the kernel unpacks codes, and for each of the
 //            16 int32 lanes the start value -128 sum(q), which undoes the unsigned bytes' offset, and the scale
 //   COLUMNS  q with each 32 in unpacking order, sx[chunks], -128 sum(q) [chunks]
-enum { NATURAL, FLOATS, LANES, COLUMNS };
+//   TILES    T(x) as bfloat16, [16 tokens][32 inputs in unpacking order] after one another: no int8, no scales
+enum { NATURAL, FLOATS, LANES, COLUMNS, TILES };
 
 struct call {
     const struct tqw_weight *w;
@@ -202,11 +204,15 @@ INLINE int order_of(int bits) { return 8 / first_plane(bits); }
 INLINE int64_t tile_of(int order) { return order == 1 ? 64 : 128; }
 INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Tokens for which a layout has room.
+static int64_t room(const struct call *c) { return c->layout == TILES ? round_up(c->columns, 16) : c->columns; }
+
 static int64_t token_bytes(const struct call *c, int order) {
     int64_t padded = c->w->padded;
     if (c->layout == FLOATS) return padded * 4;
     if (c->layout == NATURAL) return round_up(padded + c->chunks * 4, 64);
     if (c->layout == COLUMNS) return round_up(padded + c->chunks * 8, 64);
+    if (c->layout == TILES) return padded * 2;
     return (padded + tile_of(order) - 1) / tile_of(order) * (tile_of(order) + 128);
 }
 
@@ -623,13 +629,14 @@ __attribute__((target(AVXVNNI_FEATURES))) static int rows_avxvnni(void *j, int64
 // ---------------------------------------------------------------- the call
 
 #if defined(__x86_64__)
-// Whether there are tiles of int8; Linux lets a process have their 8 KiB of registers once it has asked.
+// Whether there are tiles of int8 and bfloat16; Linux lets a process have their 8 KiB of registers once it has asked.
 static int has_amx(void) {
 #if defined(__linux__)
     int a = 7, b = 0, c = 0, d = 0;
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    const int tile = 1 << 24, int8 = 1 << 25, request_permission = 0x1023, tile_data = 18;
-    return (d & tile) && (d & int8) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    const int tile = 1 << 24, int8 = 1 << 25, bfloat16 = 1 << 22, request_permission = 0x1023, tile_data = 18;
+    return (d & tile) && (d & int8) && (d & bfloat16) && __builtin_cpu_supports("avx512bf16") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return 0;
 #endif
@@ -669,6 +676,7 @@ static void choose_functions(struct call *c, int exact) {
         c->prologue = prologue_avx512;
         if (!exact) c->body = c->layout == LANES ? lanes_avx512 : panels_avx512;
         if (c->layout == COLUMNS) c->prologue = columns_avx512, c->tokens_per_item = COLUMNS_TOKENS;
+        if (c->layout == TILES) c->prologue = tokens_bf16, c->tokens_per_item = COLUMNS_TOKENS, c->body = panels_bf16;
     }
 #elif defined(__aarch64__)
     if (c->isa == NEON) c->body = rows_neon;
@@ -676,18 +684,23 @@ static void choose_functions(struct call *c, int exact) {
 #endif
 }
 
+// Tokens from which on AMX multiplies bfloat16. int8 is decoded faster, but costs more for each token, the smaller its
+// chunks are; of 32 inputs they do not even fill tiles. bfloat16 is for weights of one plane only: codes of 6 bits and more
+// lose too much by 8 significant bits.
+static int64_t bfloat16_from(int64_t chunk) { return chunk == 32 ? 24 : chunk == 64 ? 48 : 192; }
+
 // One set of activations for each (channel scale, order) among the passes. Returns their bytes.
 static int64_t plan_activations(struct call *c) {
     int64_t total = 0;
     for (int64_t pass = 0; pass < c->w->passes; pass++) {
         const struct tqw_pass *p = &c->w->pass[pass];
-        int order = c->layout == LANES || c->layout == COLUMNS ? order_of((int)p->bits) : 1, set = 0;
+        int order = c->layout >= LANES ? order_of((int)p->bits) : 1, set = 0;
         while (set < c->sets && (c->channel[set] != p->channel || c->order[set] != order)) set++;
         if (set == c->sets) {
             c->channel[set] = p->channel;
             c->order[set] = order;
             c->stride[set] = token_bytes(c, order);
-            total += c->stride[set] * c->columns;
+            total += c->stride[set] * room(c);
             c->sets++;
         }
         c->set_of_pass[pass] = set;
@@ -713,20 +726,22 @@ static int64_t divide_rows(struct call *c, int64_t threads) {
     int64_t bytes = 0;
     for (int64_t pass = 0; pass < c->w->passes; pass++) bytes += c->w->out * (c->w->padded * c->w->pass[pass].bits / 8);
     int64_t items = smaller(bytes * smaller(c->tokens, 8) / (1 << 14) + 1, threads * 4);
-    c->rows_per_item = round_up((c->w->out + items - 1) / items, c->layout == COLUMNS ? 64 : 4);
+    c->rows_per_item = round_up((c->w->out + items - 1) / items, c->layout >= COLUMNS ? 64 : 4);
     c->columns_per_item = c->columns;
     return (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
 }
 
 // Few panels of rows divide badly among the threads: 9 between 2 leave one waiting for a tenth of the time. Then items
-// are one panel and a part of the columns, as many parts as end soonest when to expand a panel takes as long as 4 columns.
+// are one panel and a part of the columns, as many parts as end soonest when to expand a panel takes as long as 4 columns,
+// or 64 of bfloat16.
 static int64_t divide_columns(struct call *c, int64_t threads) {
     const int64_t step = c->isa == AMX ? TILES_STEP : COLUMNS_STEP, panels = (c->w->out + 63) / 64;
+    const int64_t decode = c->layout == TILES ? 64 : 4;
     int64_t items = divide_rows(c, threads);
-    int64_t least = (items + threads - 1) / threads * c->rows_per_item * (c->columns + 4) * 31 / 32;
+    int64_t least = (items + threads - 1) / threads * c->rows_per_item * (c->columns + decode) * 31 / 32;
     for (int64_t parts = 1; parts <= 8 && c->columns / parts >= 48; parts++) {
         int64_t each = round_up((c->columns + parts - 1) / parts, step);
-        int64_t count = panels * ((c->columns + each - 1) / each), time = (count + threads - 1) / threads * 64 * (each + 4);
+        int64_t count = panels * ((c->columns + each - 1) / each), time = (count + threads - 1) / threads * 64 * (each + decode);
         if (time < least) least = time, items = count, c->rows_per_item = 64, c->columns_per_item = each;
     }
     return items;
@@ -746,16 +761,17 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     for (int64_t pass = 0; pass < w[0]->passes; pass++) bits += w[0]->pass[pass].bits;
     first->planes = !exact && bits >= TWO_PLANES_FROM ? 2 : 1;
     first->columns = tokens * first->planes;
-    first->layout = exact ? FLOATS : isa < AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
     first->chunk = smaller(w[0]->group & -w[0]->group, w[0]->block);
     first->chunks = w[0]->padded / first->chunk;
+    first->layout = exact ? FLOATS : isa < AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
+    if (first->layout == COLUMNS && isa == AMX && first->planes == 1 && tokens >= bfloat16_from(first->chunk)) first->layout = TILES;
     choose_functions(first, (int)exact);
     int64_t total = plan_activations(first);
     char *memory = malloc((size_t)total + 64), *at = (char *)round_up((int64_t)(intptr_t)memory, 64);
     if (!memory) return NO_MEMORY;
     for (int set = 0; set < first->sets; set++) {
         first->activations[set] = at;
-        at += first->stride[set] * first->columns;
+        at += first->stride[set] * room(first);
     }
     for (int64_t i = count; i-- > 0;) {
         f.members[i] = *first;

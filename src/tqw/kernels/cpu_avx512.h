@@ -529,7 +529,10 @@ FAST_INLINE void channel_scales(const uint8_t *channel, int64_t left, const int 
 FAST_INLINE void transform_in_registers(const struct call *c, const v16f *scale, const char *x, int64_t start,
                                         const int count, v16f *v) {
     const int64_t left = c->w->in - start;
-    for (int i = 0; i < count; i++) v[i] = (v16f)load_values(x, start + i * 16, left - i * 16, c->dtype) * scale[i];
+    if (left >= count * 16 && c->dtype == BFLOAT16)  // no masks, no branches
+        for (int i = 0; i < count; i++) v[i] = (v16f)load_values(x, start + i * 16, 16, BFLOAT16) * scale[i];
+    else
+        for (int i = 0; i < count; i++) v[i] = (v16f)load_values(x, start + i * 16, left - i * 16, c->dtype) * scale[i];
     if (c->w->rotation == HADAMARD) walsh_hadamard(v, count);
     else if (c->w->rotation == QR) matrix_product(c->w->matrix, v, count * 16);
 }
@@ -640,5 +643,295 @@ FAST static int columns_avx512(void *job, int64_t item) {
 #undef CASE
             }
     }
+    return 0;
+}
+
+// ---- many tokens with AMX: T(x) and V rounded to bfloat16, float32 sums in the tiles from the first input to the last
+//
+// A tile takes 16 tokens' 32 inputs and multiplies them by 16 rows' 32 inputs, which lie as 16 pairs of inputs x 16 rows.
+// Neither has a scale of its own, so nothing is added to y between chunks: with int8 and chunks of 64 that takes six times
+// as long as the products. To decode a weight takes longer, as its scale is multiplied in and rounded. The order of
+// summation depends on the inputs only, not on the other tokens or the items.
+
+#define BF16_FAST __attribute__((target(AVX512_FEATURES ",avx512bf16,amx-tile,amx-bf16")))
+#define BF16_INLINE BF16_FAST INLINE
+#define TILE_BYTES 1024
+#define BF16_BLOCK 640   // inputs: 32 decoded rows of them stay in the L1 cache
+#define BF16_TOKENS 512  // whose sums of BF16_ROWS rows stay in the L2 cache, where there is more than one block
+#define BF16_ROWS 256
+
+// Inputs of a block, a multiple of PANEL_TILE: all blocks about as large.
+INLINE int64_t bf16_block(int64_t padded) {
+    return round_up((padded + (padded - 1) / BF16_BLOCK) / ((padded - 1) / BF16_BLOCK + 1), PANEL_TILE);
+}
+
+// Where 2 bytes of 32 inputs go, for the order in which decoding meets pairs of inputs (see `pair_of`).
+static const uint16_t pairs_of_order[5][32] = {
+    [2] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15, 16, 24, 17, 25, 18, 26, 19, 27, 20, 28, 21, 29, 22, 30, 23, 31},
+    [4] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31},
+};
+
+// One block of a few tokens, which share its channel scales.
+BF16_INLINE void block_bf16(const struct call *c, int set, int64_t token, int64_t tokens, int64_t start, float norm,
+                            const int count) {
+    const struct tqw_weight *w = c->w;
+    const __m512i order = _mm512_loadu_si512(pairs_of_order[c->order[set]]);
+    v16f scale[8], v[8];
+    channel_scales(c->channel[set] + start, w->in - start, count, scale);
+    for (int i = 0; i < count; i++) scale[i] *= norm;
+    for (int64_t k = token; k < token + tokens; k++) {
+        transform_in_registers(c, scale, (const char *)c->x + k * w->in * (c->dtype == FLOAT32 ? 4 : 2), start, count, v);
+        char *to = c->activations[set] + k / 16 * 16 * c->stride[set] + start / 32 * TILE_BYTES + k % 16 * 64;
+        for (int i = 0; i < count; i += 2, to += TILE_BYTES) {
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
+            _mm512_store_si512(to, _mm512_permutexvar_epi16(order, both));
+        }
+    }
+}
+
+BF16_FAST static int tokens_bf16(void *job, int64_t item) {
+    const struct call *c = job;
+    const struct tqw_weight *w = c->w;
+    const float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    int64_t token = item * COLUMNS_TOKENS, tokens = smaller(c->tokens - token, COLUMNS_TOKENS);
+    for (int set = 0; set < c->sets; set++)
+        for (int64_t start = 0; start < w->padded; start += w->block)
+            switch (w->block) {
+#define CASE(block) case block: block_bf16(c, set, token, tokens, start, norm, block / 16); break;
+                CASE(32) CASE(64) CASE(128)
+#undef CASE
+            }
+    return 0;
+}
+
+FAST_INLINE void transpose_pairs(__m512i v[8]) {  // 8 x 8 int64
+    __m512i t[8];
+    for (int i = 0; i < 8; i += 2) t[i] = _mm512_unpacklo_epi64(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
+    for (int i = 0; i < 2; i++) {
+        __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 2], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 2], 0xdd);
+        __m512i d = _mm512_shuffle_i32x4(t[i + 4], t[i + 6], 0x88), e = _mm512_shuffle_i32x4(t[i + 4], t[i + 6], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(a, d, 0x88), v[i + 4] = _mm512_shuffle_i32x4(a, d, 0xdd);
+        v[i + 2] = _mm512_shuffle_i32x4(b, e, 0x88), v[i + 6] = _mm512_shuffle_i32x4(b, e, 0xdd);
+    }
+}
+
+// The scales of one group for 16 rows, each for two lanes. Rows past the end repeat.
+FAST_INLINE void scale_pairs(const uint16_t *from, int64_t groups, int64_t rows, __m512 scale[2]) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    uint16_t half[16];
+    for (int64_t r = 0; r < 16; r++) half[r] = from[smaller(r, rows - 1) * groups];
+    __m512 each = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)half));
+    scale[0] = _mm512_permutexvar_ps(twice, each);
+    scale[1] = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), each);
+}
+
+// Codes lie in int64s of which the two int32s hold the two inputs of a pair. Pair `i` of int64 `q` of decoded vector `f`
+// is pair `pair_of` of the tile's 64, 16 to a unit of 32 inputs.
+INLINE int pair_of(int order, int f, int q, int i) {
+    return order == 4 ? q % 4 * 16 + i * 4 + f * 2 + q / 4 : q * 8 + i * 2 + f;
+}
+
+// Codes of 16 rows and one tile of 128 inputs -> scale * level as bfloat16, panel[unit of 32 inputs][16 pairs][16 rows][2],
+// units 2 TILE_BYTES apart.
+BF16_INLINE void decode_bf16(const struct tables *t, const int bits, const struct tqw_pass *p, __m512 table, int64_t row,
+                             int64_t rows, int64_t tile, uint8_t *panel) {
+    const int order = order_of(bits);
+    const int64_t units = smaller(t->padded - tile * PANEL_TILE, PANEL_TILE) / 32;
+    const uint8_t *packed = p->packed + row * t->row_bytes;
+    __m512i v[2][16];
+    for (int64_t r = 0; r < 16; r++) {
+        const uint8_t *mine = packed + smaller(r, rows - 1) * t->row_bytes;
+        _mm_prefetch((const char *)mine + 32 * t->row_bytes + tile * 16 * bits, _MM_HINT_T1);  // what comes next
+        if (bits == 4) {
+            v[0][r] = load512(mine + tile * 64, units * 16);
+        } else {
+            __m512i w[2];
+            decode(t, bits, mine, tile, w);
+            v[0][r] = w[0], v[1][r] = w[1];
+        }
+    }
+    for (int f = 0; f < (bits == 4 ? 1 : 2); f++) transpose_pairs(v[f]), transpose_pairs(v[f] + 8);
+    __m512 scale[2] = {0}, offset[2] = {0};
+    int64_t group = -1;
+    for (int64_t unit = 0; unit < units; unit++) {
+        const int64_t mine = (tile * PANEL_TILE + unit * 32) / t->group;
+        if (mine != group) {
+            scale_pairs(p->scale + row * t->groups + (group = mine), t->groups, rows, scale);
+            for (int j = 0; j < 2; j++) offset[j] = _mm512_mul_ps(scale[j], _mm512_set1_ps(-128));
+        }
+        uint8_t *to = panel + unit * 2 * TILE_BYTES;
+        if (bits == 4) {
+            for (int64_t q = 2 * unit; q < 2 * unit + 2; q++)
+                for (int i = 0; i < 8; i++, to += 64) {  // the lowest 4 bits of a lane pick its level
+                    __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(v[0][q], 4 * i), table);
+                    __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(v[0][q + 8], 4 * i), table);
+                    low = _mm512_mul_ps(low, scale[0]), high = _mm512_mul_ps(high, scale[1]);
+                    _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                }
+        } else {  // bytes level + 128; (level + 128) * scale - 128 * scale is exact in float32
+            const __m512i byte = _mm512_set1_epi32(255);
+            for (int f = 0; f < 2; f++)
+                for (int half = 0; half < 2; half++) {
+                    const int64_t q = order == 4 ? half * 4 + unit : 2 * unit + half;
+                    for (int i = 0; i < 4; i++) {
+                        __m512i a = _mm512_and_si512(_mm512_srli_epi32(v[f][q], 8 * i), byte);
+                        __m512i b = _mm512_and_si512(_mm512_srli_epi32(v[f][q + 8], 8 * i), byte);
+                        __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), scale[0], offset[0]);
+                        __m512 high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), scale[1], offset[1]);
+                        _mm512_store_si512(to + pair_of(order, f, (int)q, i) % 16 * 64,
+                                           (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                    }
+                }
+        }
+    }
+}
+
+// The 32 rows from `row` on of BF16_BLOCK inputs: panel[unit][2][TILE_BYTES].
+BF16_INLINE void decode_rows(const struct tables *t, const int bits, const struct tqw_pass *p, int64_t row, int64_t rows,
+                             int64_t first, int64_t end, uint8_t *panel) {
+    const __m512 table = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p->levels)));
+    for (int64_t k = first; k < end; k += PANEL_TILE, panel += PANEL_TILE / 32 * 2 * TILE_BYTES)
+        for (int j = 0; j * 16 < rows; j++)
+            decode_bf16(t, bits, p, table, row + j * 16, rows - j * 16, k / PANEL_TILE, panel + j * TILE_BYTES);
+}
+
+// x passes by the L1 cache (`stream`), where the panel stays: 1.3 times as fast.
+// y[16 tokens of each half][32: 16 rows of each column] += or (first) = `units` units of 32 inputs.
+BF16_INLINE void multiply_bf16(const char *x, int64_t next_half, const uint8_t *panel, int64_t units, const int first,
+                               const int halves, const int columns, float *y) {
+    float *const low = y, *const high = y + 16 * 32;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!first) {
+        _tile_loadd(0, low, 128);
+        if (columns == 2) _tile_loadd(1, low + 16, 128);
+        if (halves == 2) _tile_loadd(2, high, 128);
+        if (halves == 2 && columns == 2) _tile_loadd(3, high + 16, 128);
+    }
+    for (int64_t unit = 0; unit < units; unit++, x += TILE_BYTES, panel += 2 * TILE_BYTES) {
+        _tile_stream_loadd(4, x, 64);
+        _tile_loadd(6, panel, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (columns == 2) _tile_loadd(7, panel + TILE_BYTES, 64);
+        if (columns == 2) _tile_dpbf16ps(1, 4, 7);
+        if (halves == 2) _tile_stream_loadd(5, x + next_half, 64);
+        if (halves == 2) _tile_dpbf16ps(2, 5, 6);
+        if (halves == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, low, 128);
+    if (columns == 2) _tile_stored(1, low + 16, 128);
+    if (halves == 2) _tile_stored(2, high, 128);
+    if (halves == 2 && columns == 2) _tile_stored(3, high + 16, 128);
+}
+
+BF16_FAST static void multiply_any(const char *x, int64_t next_half, const uint8_t *panel, int64_t units, int first,
+                                   int halves, int columns, float *y) {
+    switch (first * 4 + (halves - 1) * 2 + columns - 1) {
+#define CASE(first, halves, columns)                                                              \
+    case first * 4 + (halves - 1) * 2 + columns - 1:                                              \
+        multiply_bf16(x, next_half, panel, units, first, halves, columns, y); break;
+        CASE(0, 1, 1) CASE(0, 1, 2) CASE(0, 2, 1) CASE(0, 2, 2) CASE(1, 1, 1) CASE(1, 1, 2) CASE(1, 2, 1) CASE(1, 2, 2)
+#undef CASE
+    }
+}
+
+// 16 outputs of which `valid` exist.
+BF16_INLINE void store_outputs(void *y, int64_t at, __m512 value, __mmask16 valid, int dtype) {
+    if (dtype == FLOAT32) _mm512_mask_storeu_ps((float *)y + at, valid, value);
+    else if (dtype == BFLOAT16) _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, (__m256i)_mm512_cvtneps_pbh(value));
+    else _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+BF16_INLINE void finish_rows(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows, const int dtype,
+                             const float *y) {
+    float bias[32] = {0};
+    for (int64_t r = 0; c->bias && r < rows; r++) bias[r] = load_one(c->bias, row + r, c->bias_dtype);
+    const __m512 b0 = _mm512_loadu_ps(bias), b1 = _mm512_loadu_ps(bias + 16);
+    const __mmask16 valid0 = existing(rows), valid1 = existing(rows - 16);
+    for (int64_t i = 0, at = token * c->w->out + row; i < tokens; i++, y += 32, at += c->w->out) {
+        const __m512 low = _mm512_add_ps(_mm512_load_ps(y), b0), high = _mm512_add_ps(_mm512_load_ps(y + 16), b1);
+        if (dtype == BFLOAT16 && rows == 32) {
+            _mm512_storeu_si512((uint16_t *)c->y + at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            continue;
+        }
+        store_outputs(c->y, at, low, valid0, dtype);
+        if (rows > 16) store_outputs(c->y, at + 16, high, valid1, dtype);
+    }
+}
+
+// y[tokens][32] + bias -> the outputs of `rows` rows.
+BF16_FAST static void finish_bf16(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows,
+                                  const float *y) {
+    switch (c->dtype) {
+#define CASE(dtype) case dtype: finish_rows(c, token, tokens, row, rows, dtype, y); break;
+        CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16)
+#undef CASE
+    }
+}
+
+// 32 rows times the inputs `from` .. `to` of one pass. Each product starts before the previous one is stored, which hides some
+// of its latency. With one block in all, sums go straight from two places in the L1 cache to the outputs.
+BF16_FAST static void block_product(const struct call *c, int set, int64_t from, int64_t to, int is_first, int is_last,
+                                    int64_t row, int64_t rows, int64_t token, int64_t tokens, const uint8_t *panel,
+                                    float *y) {
+    const int64_t stride = c->stride[set], units = (to - from) / 32, pairs = (tokens + 31) / 32;
+    const char *x = c->activations[set] + token * stride + from / 32 * TILE_BYTES;
+    const int single = is_first && is_last, element = c->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t next = 0; next <= pairs; next++) {
+        if (is_last)  // each token's outputs are a line far from the others'
+            for (int64_t i = next * 32; i < smaller(next * 32 + 32, tokens); i++)
+                __builtin_prefetch((char *)c->y + ((token + i) * c->w->out + row) * element, 1);
+        if (next < pairs)
+            multiply_any(x + next * 32 * stride, 16 * stride, panel, units, is_first, tokens - next * 32 > 16 ? 2 : 1,
+                         rows > 16 ? 2 : 1, y + (single ? next % 2 : next) * 1024);
+        if (next > 0 && is_last) {
+            const int64_t last = next - 1;
+            finish_bf16(c, token + last * 32, smaller(tokens - last * 32, 32), row, rows,
+                        y + (single ? last % 2 : last) * 1024);
+        }
+    }
+}
+
+// All rows of a part, first one block of the inputs, then the next: T(x) of a block then stays near.
+BF16_FAST static void rows_bf16(const struct call *c, const struct tables *tables, int64_t row, int64_t rows, int64_t token,
+                                int64_t tokens, uint8_t *panel, float *y) {
+    const int64_t padded = c->w->padded, passes = c->w->passes, block = bf16_block(padded), pitch = round_up(tokens, 32) * 32;
+    for (int64_t pass = 0; pass < passes; pass++)
+        for (int64_t first = 0; first < padded; first += block)
+            for (int64_t r = 0; r < rows; r += 32) {
+                const struct tqw_pass *p = &c->w->pass[pass];
+                const int64_t end = smaller(first + block, padded), some = smaller(rows - r, 32);
+                switch (p->bits) {
+#define CASE(bits) case bits: decode_rows(&tables[pass], bits, p, row + r, some, first, end, panel); break;
+                    CASE(2) CASE(3) CASE(4) CASE(5)
+#undef CASE
+                }
+                block_product(c, c->set_of_pass[pass], first, end, pass == 0 && first == 0,
+                              pass == passes - 1 && end == padded, row + r, some, token, tokens, panel,
+                              passes == 1 && block >= padded ? y : y + r / 32 * pitch);
+            }
+}
+
+// Items as those of `panels_avx512`.
+BF16_FAST static int panels_bf16(void *job, int64_t item) {
+    const struct call *c = job;
+    struct tables tables[MAX_PASSES];
+    for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
+    const int64_t items = (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+    const int64_t token = item / items * c->columns_per_item, last = smaller(token + c->columns_per_item, c->columns);
+    const int64_t row = item % items * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    const size_t panel = (size_t)bf16_block(c->w->padded) * 32 * 2;
+    const int64_t tokens = round_up(smaller(last - token, BF16_TOKENS), 32), rows = round_up(smaller(end - row, BF16_ROWS), 32);
+    uint8_t *memory = aligned_alloc(64, panel + (size_t)(tokens * rows < 2048 ? 2048 : tokens * rows) * 4);
+    if (!memory) return NO_MEMORY;
+    tiles_begin();
+    for (int64_t t = token; t < last; t += BF16_TOKENS)
+        for (int64_t r = row; r < end; r += BF16_ROWS)
+            rows_bf16(c, tables, r, smaller(end - r, BF16_ROWS), t, smaller(last - t, BF16_TOKENS), memory,
+                      (float *)(memory + panel));
+    tiles_end();
+    free(memory);
     return 0;
 }
