@@ -152,10 +152,10 @@ int main(void) {
                 }
     failures += run(256, 70, 128, HADAMARD, widths[2], 300, FLOAT32);
     cases++;
-    // From 24, 48 and 192 tokens on AMX multiplies bfloat16: every width, several blocks of inputs, parts of all tiles.
+    // From 32, 64 and 192 tokens on AMX multiplies bfloat16: every width, several blocks of inputs, parts of all tiles.
     static const int few[] = {0, 1, 2, 3, 7, 8};
     static const int64_t many_ins[][3] = {{32, 200, 1000}, {64, 576, 1472}, {128, 1024, 256}, {200, 576, 1024}};
-    static const int64_t many[] = {24, 49, 203, 200};
+    static const int64_t many[] = {32, 65, 203, 200};
     for (int b = 0; b < 6; b++)
         for (int g = 0; g < 4; g++) {
             int64_t out = outs[(b + 2 * g) % 3];

@@ -687,7 +687,7 @@ static void choose_functions(struct call *c, int exact) {
 // Tokens from which on AMX multiplies bfloat16. int8 is decoded faster, but costs more for each token, the smaller its
 // chunks are; of 32 inputs they do not even fill tiles. bfloat16 is for weights of one plane only: codes of 6 bits and more
 // lose too much by 8 significant bits.
-static int64_t bfloat16_from(int64_t chunk) { return chunk == 32 ? 24 : chunk == 64 ? 48 : 192; }
+static int64_t bfloat16_from(int64_t chunk) { return chunk == 32 ? 32 : chunk == 64 ? 64 : 192; }
 
 // One set of activations for each (channel scale, order) among the passes. Returns their bytes.
 static int64_t plan_activations(struct call *c) {
