@@ -658,7 +658,7 @@ FAST static int columns_avx512(void *job, int64_t item) {
 #define TILE_BYTES 1024
 #define BF16_BLOCK 640   // inputs: 32 decoded rows of them stay in the L1 cache
 #define BF16_TOKENS 512  // whose sums of BF16_ROWS rows stay in the L2 cache, where there is more than one block
-#define BF16_ROWS 256
+#define BF16_ROWS 128
 
 // Inputs of a block, a multiple of PANEL_TILE: all blocks about as large.
 INLINE int64_t bf16_block(int64_t padded) {
