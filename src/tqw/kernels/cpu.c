@@ -711,6 +711,7 @@ static int64_t plan_activations(struct call *c) {
 // Layers that read the same input, each with its own output.
 struct family {
     struct call members[MAX_FAMILY];
+    int64_t count;
     int64_t first[MAX_FAMILY + 1];  // item from which on each member's rows come
 };
 
@@ -719,6 +720,38 @@ static int family_body(void *job, int64_t item) {
     int64_t m = 0;
     while (item >= f->first[m + 1]) m++;
     return f->members[m].body(&f->members[m], item - f->first[m]);
+}
+
+// A block of tokens from x to y: T(x) never leaves the cache of the core that made it.
+static int block_body(void *job, int64_t item) {
+    struct family *f = job;
+    struct call *c = f->members;
+    const int64_t each = c->columns_per_item / c->planes, first = item * each, end = smaller(first + each, c->tokens);
+    for (int64_t token = first; token < end; token += c->tokens_per_item)
+        if (c->prologue(c, token / c->tokens_per_item)) return NO_MEMORY;
+    for (int64_t m = 0; m < f->count; m++)
+        if (f->members[m].body(&f->members[m], item)) return NO_MEMORY;
+    return 0;
+}
+
+#define BLOCK_TOKENS 512  // at most, so that T(x) stays near
+
+// Blocks of tokens that go from x to y, each with all rows, where to decode these again for each block costs less than to
+// fetch what another core has transformed (measured with two cores): there are few, or bfloat16 multiplies them quickly by
+// many tokens. 0: neither.
+static int64_t divide_tokens(struct family *f, int64_t threads) {
+    const struct call *c = f->members;
+    int64_t rows = 0;
+    for (int64_t m = 0; m < f->count; m++) rows += f->members[m].w->out;
+    int64_t blocks = threads * ((c->tokens + threads * BLOCK_TOKENS - 1) / (threads * BLOCK_TOKENS));
+    int64_t each = round_up((c->tokens + blocks - 1) / blocks, c->isa == AMX ? TILES_STEP : COLUMNS_STEP);
+    int few = rows <= 1024 && each >= 128, quick = c->layout == TILES && each >= 256;
+    if (c->layout < COLUMNS || !(few || quick)) return 0;
+    for (int64_t m = 0; m < f->count; m++) {
+        f->members[m].rows_per_item = round_up(f->members[m].w->out, 64);
+        f->members[m].columns_per_item = each * c->planes;
+    }
+    return (c->tokens + each - 1) / each;
 }
 
 // Items of at least 16 KiB of codes, and several for each thread to even out their speeds. Returns their number.
@@ -753,7 +786,7 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
                            const void *const *bias, int64_t tokens, int64_t dtype, int64_t bias_dtype, int64_t threads,
                            int64_t isa, int64_t exact) {
     if (tokens == 0) return 0;
-    struct family f = {0};
+    struct family f = {.count = count};
     struct call *first = &f.members[0];
     *first = (struct call){.w = w[0], .x = x, .tokens = tokens, .dtype = (int)dtype, .bias_dtype = (int)bias_dtype,
                            .isa = (int)isa};
@@ -778,9 +811,14 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
         f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
     }
     for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_columns(&f.members[i], threads);
-    int64_t items = (tokens + first->tokens_per_item - 1) / first->tokens_per_item;
-    int failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
-    if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
+    int64_t items = (tokens + first->tokens_per_item - 1) / first->tokens_per_item, blocks = divide_tokens(&f, threads);
+    int failed;
+    if (blocks) {
+        failed = parallel(block_body, &f, blocks, threads);
+    } else {
+        failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
+        if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
+    }
     free(memory);
     return failed;
 }
