@@ -233,6 +233,7 @@ def two_ranks(folder: Path, width: int, settings: dict, name: str = "llama") -> 
     return logits(tqw.load(folder / "out"))
 
 
+@pytest.mark.usefixtures("exact_activations")  # int8 rounds sums in another order to another step now and then
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

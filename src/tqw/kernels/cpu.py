@@ -82,7 +82,7 @@ def available_isas() -> tuple[str, ...]:
     if isinstance(library, str):
         return ()
     best = library.tqw_isa()
-    x86 = ISAS[best].startswith("avx")
+    x86 = ISAS[best].startswith(("avx", "amx"))
     return tuple(
         name
         for index, name in enumerate(ISAS[: best + 1])
