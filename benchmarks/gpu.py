@@ -10,7 +10,6 @@ of tqw is part of its time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.nn import functional
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
-from tqw.report import document
+from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
@@ -230,7 +229,7 @@ def main() -> None:
     for rows, missing in measure(arguments.shapes):
         result = document(rows)
         result["environment"] |= {"gpu": gpu, "peers_that_did_not_run": missing}
-        output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output.with_suffix(".json"), result)
         draw(rows, gpu, output.with_suffix(".png"))
 
 

@@ -11,7 +11,6 @@ kernel takes all: eager, since it asks the GPU for the route. Some rows of all a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
 from tqw.layer import routed_tokens
-from tqw.report import document
+from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
 TOKENS = (1, 8, 16, 32, 64, 256, 1024, 4096)
@@ -205,7 +204,7 @@ def main() -> None:
         rows += measure(p)
         result = document(rows, shapes=[asdict(p) for p in PROJECTIONS])
         result["environment"]["gpu"] = torch.cuda.get_device_name()
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
 
 
 if __name__ == "__main__":

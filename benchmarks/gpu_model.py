@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from torch.nn import functional
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
 from tqw.layer import QuantizedEmbedding, QuantizedLinear
-from tqw.report import document
+from tqw.report import document, write_json
 from tqw.weight import quantize
 
 torch._dynamo.config.recompile_limit = 64  # the shapes of two models, three batches
@@ -263,7 +262,7 @@ def main() -> None:
         rows += [row for bits in (None, 4) for row in measure(shape, bits)]
         result = document(rows, shapes=[asdict(shape) for shape in SHAPES])
         result["environment"]["gpu"] = torch.cuda.get_device_name()
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
 
 
 if __name__ == "__main__":

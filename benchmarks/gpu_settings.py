@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.kernels import cuda
-from tqw.report import document
+from tqw.report import document, write_json
 from tqw.weight import dequantize, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
@@ -119,7 +118,7 @@ def main() -> None:
                 sys.stderr.write(f"   {row['microseconds']:.2f} {values}\n")
         del copies
     if arguments.output:
-        arguments.output.write_text(json.dumps(document(rows), indent=1) + "\n")
+        write_json(arguments.output, document(rows))
 
 
 if __name__ == "__main__":

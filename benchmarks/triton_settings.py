@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.nn import functional
 from tqw import bench
 from tqw.config import QuantConfig
 from tqw.kernels import triton
-from tqw.report import document
+from tqw.report import document, write_json
 from tqw.weight import dequantize, quantize
 
 SHAPES = ("4096x4096", "28672x4096")
@@ -54,7 +53,7 @@ def main() -> None:
         for row in here[:4]:
             sys.stderr.write(f"{row}\n")
     if output:
-        output.write_text(json.dumps(document(rows), indent=1) + "\n")
+        write_json(output, document(rows))
 
 
 if __name__ == "__main__":

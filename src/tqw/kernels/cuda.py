@@ -415,11 +415,11 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
     many, wide = strips > 6 * device.multiprocessors, tiles > 64
-    pairs = device.clusters and strips >= 8
-    split = 2 if pairs and tiles % 2 == 0 and (wide or tokens == 2) else 1
+    clustered = device.clusters and strips >= 8
+    split = 2 if clustered and tiles % 2 == 0 and (wide or tokens == 2) else 1
     # one launch, unless it takes too long to transform all inputs in every CTA
     fused = base.experts or (tokens <= 2 and not wide) or (tokens == 1 and split == 2)
-    multicast = device.arch.startswith(("sm_90", "sm_100")) and pairs and not fused
+    multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     warps, share = _shares(tiles // split, split)
     ring = 4 if tokens <= 4 or (many and tokens <= 8) else 2
     if wide:

@@ -354,6 +354,12 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// The same place in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ u32 address_of_rank(u32 address, int rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
 __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -825,7 +831,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   constexpr int PARTS = SPLIT * SHARE;
   u32 sums_at = shared_address(sums + ((lot / SPLIT * SPLIT + rank) * SHARE + share) * outputs + g);
 #if SPLIT > 1
-  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(sums_at) : "r"(lot % SPLIT));
+  sums_at = address_of_rank(sums_at, lot % SPLIT);
 #endif
   const Tables words = tables();
   int buffer = 0, pending = 0, slot = 0;

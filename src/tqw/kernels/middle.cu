@@ -39,13 +39,6 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
 
-// The place of `mine` in the shared memory of another CTA of the cluster.
-__device__ __forceinline__ u32 address_of_rank(const void* mine, int rank) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  return address;
-}
-
 #if EXPERTS
 // Brings the pairs of each expert together, in their order, in whole blocks of COLUMNS. One CTA: each warp counts the
 // experts of its share of the pairs, then places it behind the shares of the warps before it.
@@ -175,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 #if SPREAD > 1
   cluster_wait();
   if (threadIdx.x < SPREAD)
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_of_rank(most_of_cta + rank, threadIdx.x)), "f"(most)
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_of_rank(shared_address(most_of_cta + rank), threadIdx.x)), "f"(most)
                  : "memory");
   __syncwarp();
   cluster_arrive();
@@ -281,7 +274,7 @@ __device__ __forceinline__ void read_sums(const float* mine, float* value) {
   value[0] = value[1] = value[2] = value[3] = 0.f;
 #pragma unroll
   for (int rank = 0; rank < SPLIT; rank++) {
-    u32 address = address_of_rank(mine, rank);
+    u32 address = address_of_rank(shared_address(mine), rank);
     float4 f;
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
