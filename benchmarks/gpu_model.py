@@ -4,7 +4,8 @@
 
 Random weights in the shapes below; q/k/v and gate/up are one matrix each, in both precisions, as inference engines have
 them. 4-bit: every linear of the layers at 4 bits, embedding and lm_head at 8. Decode: a static cache, one CUDA graph
-for a whole step, argmax included; the elementwise parts are compiled by torch in both. Prefill: eager, 2,048 tokens.
+for a whole step, argmax included; what stands between the products is the same in both (decode_parts.py, in prefill
+torch's compiler). Prefill: eager, 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import decode_parts
 import torch
 import torch._dynamo
-from decode_attention import attend_to_cache
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,14 +80,21 @@ def rotate_heads(qkv: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
     return torch.cat([rope(turned, positions), v], 2).transpose(1, 2)
 
 
-def check_attention() -> None:
-    """The cache's kernels against the definition, before anything is timed with them."""
+def check_parts() -> None:
+    """The kernels of decode_parts.py against the definitions, before anything is timed with them."""
+    x, residual = torch.randn(2, 16, 1, 2560, device="cuda").bfloat16()
+    weight = torch.randn(2560, device="cuda").bfloat16()
+    for found, expected in zip(
+        decode_parts.add_and_norm(x, residual, weight), add_and_norm(x, residual, weight), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(decode_parts.silu_and_multiply(x), silu_and_multiply(x))
     position = torch.full((1,), START, device="cuda")
     for batch in (1, 16):
         qkv = torch.randn(batch, 32 + 16, 128, device="cuda").bfloat16()
         cache = torch.randn(batch, 16, CACHE, 128, device="cuda").bfloat16()
         turned = rope(qkv[:, None], position)[:, 0]
-        y = attend_to_cache(qkv, position, cache)
+        y = decode_parts.attend_to_cache(qkv, position, cache)
         torch.testing.assert_close(cache[:, :8, START], turned[:, 32:40], rtol=2e-2, atol=2e-2)
         assert torch.equal(cache[:, 8:, START], qkv[:, 40:])
         keys, values = cache[:, :, : START + 1].float().repeat_interleave(4, 1).chunk(2, 1)
@@ -134,14 +142,16 @@ class Layer(nn.Module):
             q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], 1)
             y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            y = attend_to_cache(qkv[:, 0], positions, cache)
+            y = decode_parts.attend_to_cache(qkv[:, 0], positions, cache)
         return self.o(y.reshape(batch, tokens, -1))
 
     def forward(self, x: Tensor, residual: Tensor, positions: Tensor, cache: Tensor | None):
-        residual, x = add_and_norm(x, residual, self.norms[0])
+        add = add_and_norm if cache is None else decode_parts.add_and_norm
+        activate = silu_and_multiply if cache is None else decode_parts.silu_and_multiply
+        residual, x = add(x, residual, self.norms[0])
         x = self.attend(x, positions, cache)
-        residual, x = add_and_norm(x, residual, self.norms[1])
-        return self.down(silu_and_multiply(self.gate_up(x))), residual
+        residual, x = add(x, residual, self.norms[1])
+        return self.down(activate(self.gate_up(x))), residual
 
 
 class Decoder(nn.Module):
@@ -188,7 +198,7 @@ def decode_milliseconds(model: Decoder, shape: Shape, batch: int) -> float:
 
     def step() -> None:
         logits = model(ids, position, caches)
-        ids.copy_(logits.argmax(-1, keepdim=True))
+        ids.copy_(decode_parts.argmax(logits))
         position.add_(1)
 
     side = torch.cuda.Stream()
@@ -256,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_model.json"))
     output = parser.parse_args().output
-    check_attention()
+    check_parts()
     rows = []
     for shape in SHAPES:
         rows += [row for bits in (None, 4) for row in measure(shape, bits)]

@@ -27,6 +27,7 @@ _SECONDS, _LEAST_RUNS, _TURN = 0.3, 5, 8
 _COLD_BYTES, _MOST_COPIES = 96 << 20, 32
 _BANDWIDTH_BYTES = 256 << 20
 _COLD_GPU_BYTES = 220_000_000  # several times any L2 cache
+_WARM_SECONDS = 0.05  # a GPU that was idle has yet to raise its clock
 _EAGER_CALLS = 300
 
 
@@ -98,7 +99,12 @@ def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays:
     """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns."""
     graphs = {name: _captured(calls) for name, calls in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(replays + 2):
+    start = time.perf_counter()
+    while time.perf_counter() - start < _WARM_SECONDS:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    for _ in range(replays):
         for name, graph in graphs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -106,7 +112,7 @@ def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays:
             end.record()
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
-    return {name: sorted(values[2:])[replays // 2] * 1e3 / len(methods[name]) for name, values in times.items()}
+    return {name: sorted(values)[replays // 2] * 1e3 / len(methods[name]) for name, values in times.items()}
 
 
 def eager_microseconds(call: Callable[[], Any]) -> float:

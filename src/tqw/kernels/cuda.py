@@ -456,8 +456,11 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
     across = min(-(-sets // cluster) * cluster if cluster > variant.split else sets, resident)  # CTAs or split CTAs
     batches = range(min(8, -(-sets // across)), 0, -1)  # sets of strips for one barrier: the most that fit
     batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
-    shared = variant.shared_bytes(tokens, batch)
-    decode = _Launch(function, (across * variant.split, pairs), 32 * variant.warps, shared, device, cluster)
+    shared, ctas = variant.shared_bytes(tokens, batch), across * variant.split
+    if ctas * pairs <= device.multiprocessors:
+        # too much for two: the kernel before may still hold a multiprocessor, and two CTAs on one take twice as long
+        shared = max(shared, limit // 2 + 1024)
+    decode = _Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
     items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile

@@ -118,6 +118,12 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// In this order by the long kernels: the one after the next would take places on multiprocessors that the next needs.
+__device__ __forceinline__ void take_over() {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+}
+
 // ------------------------------------------------------------------------------------------------- codes to levels
 
 __host__ __device__ constexpr int level(int bits, int code) {
@@ -598,23 +604,13 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
 // The W bytes of each lane of 8 rows; `from` is the lane's own.
 template <int W>
 __device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
-  if constexpr (W >= 16) {
-#pragma unroll
-    for (int i = 0; i < W / 16; i++) copy_async<16>(to + i * 512 + lane * 16, from + 16 * i);
+  if constexpr (W == 16) {
+    copy_async<16>(to + lane * 16, from);
   } else if constexpr (W >= 4) {
     copy_async<W>(to + lane * W, from);
   } else if ((lane & 3) < W) {  // the smallest copy has 4 bytes: some lanes of a quad copy for all
     int t = lane & 3;
     copy_async<4>(to + (lane - t) * W + 4 * t, from + t * (4 - W));
-  }
-}
-template <int W>
-__device__ __forceinline__ void read_codes(u32* words, const u8* from, int lane) {
-  if constexpr (W >= 16) {
-#pragma unroll
-    for (int i = 0; i < W / 16; i++) read_words<16>(words + 4 * i, from + i * 512 + lane * 16);
-  } else {
-    read_words<W>(words, from + lane * W);
   }
 }
 
@@ -641,11 +637,20 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
                   : code_offset(B, plane, place.first + turn * ACROSS, t);
   };
   u32 at = to + staged_bytes(I);
+  if constexpr (W0 == 32) {  // eight lanes bring the 128 bytes of a row: two copies ask for 32 bytes of memory twice
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    u32 of_row = place.rows[h] * (u32)STRIDE;
-    stage_codes<W0>(at + h * 32 * W0, codes + (of_row + offset(0)), lane);
-    if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (of_row + offset(1)), lane);
+    for (int i = 0; i < 4; i++) {
+      int row = 4 * i + lane / 8;
+      copy_async<16>(at + i * 512 + lane * 16,
+                     codes + ((SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + offset(0) - t * W0 + lane % 8 * 16));
+    }
+  } else {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      u32 of_row = place.rows[h] * (u32)STRIDE;
+      stage_codes<W0>(at + h * 32 * W0, codes + (of_row + offset(0)), lane);
+      if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (of_row + offset(1)), lane);
+    }
   }
   at += 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2);
   u32 number = (t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + group_of(place.first, turn);
@@ -667,8 +672,8 @@ __device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit&
   const u8* mine = from + staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    read_codes<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0, place.lane);
-    if constexpr (W1 > 0) read_codes<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1, place.lane);
+    read_words<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0 + place.lane * W0);
+    if constexpr (W1 > 0) read_words<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1 + place.lane * W1);
     int number = group_of(place.first, turn);
     if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (row + place.rows[h]) * GROUPS;
     unit.scales[h][I] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (place.lane >> 2) + 2 * (number & 1));
@@ -803,8 +808,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   };
 #pragma unroll
   for (int i = 0; i < EARLY; i++) fetch_next(i);
-  allow_next_kernel();
-  wait_for_previous_kernel();
+  take_over();
   auto fetch_rest = [&] {
 #pragma unroll
     for (int i = EARLY; i < RING; i++) fetch_next(i);
@@ -1091,8 +1095,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_fp8_inputs(const __grid_co
   __shared__ float most_of_warp[8];
   constexpr int ROUNDS = (IN_PADDED + 2047) / 2048;
   int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  allow_next_kernel();
-  wait_for_previous_kernel();
+  take_over();
   float v[ROUNDS][8], most = 0.f;
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
@@ -1133,8 +1136,7 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
     tqw_dequantize(const __grid_constant__ Params p) {
   __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
   int warp = threadIdx.x / 32, k = (blockIdx.x * 4 + warp) * BLOCK;
-  allow_next_kernel();
-  wait_for_previous_kernel();
+  take_over();
   if (k >= IN_PADDED) return;
   if (FP8 || (X_TYPE != 0 && p.vectors))
     dequantize_block<true>(p, k, shared[warp]);
