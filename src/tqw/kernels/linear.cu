@@ -118,7 +118,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// In this order by the long kernels: the one after the next would take places on multiprocessors that the next needs.
+// In this order where every multiprocessor has one CTA: the kernel after the next would take places that the next needs.
 __device__ __forceinline__ void take_over() {
   wait_for_previous_kernel();
   allow_next_kernel();

@@ -326,7 +326,8 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  take_over();
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const u8* x = p.planes + (i64)blockIdx.y * TILES * STAGE_BYTES;
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES && begin + i < end; i++) {
