@@ -689,9 +689,8 @@ static void choose_functions(struct call *c, int exact) {
 // lose too much by 8 significant bits.
 static int64_t bfloat16_from(int64_t chunk) { return chunk == 32 ? 32 : chunk == 64 ? 64 : 192; }
 
-// One set of activations for each (channel scale, order) among the passes. Returns their bytes.
-static int64_t plan_activations(struct call *c) {
-    int64_t total = 0;
+// One set of activations for each (channel scale, order) among the passes.
+static void plan_activations(struct call *c) {
     for (int64_t pass = 0; pass < c->w->passes; pass++) {
         const struct tqw_pass *p = &c->w->pass[pass];
         int order = c->layout >= LANES ? order_of((int)p->bits) : 1, set = 0;
@@ -700,12 +699,10 @@ static int64_t plan_activations(struct call *c) {
             c->channel[set] = p->channel;
             c->order[set] = order;
             c->stride[set] = token_bytes(c, order);
-            total += c->stride[set] * room(c);
             c->sets++;
         }
         c->set_of_pass[pass] = set;
     }
-    return total;
 }
 
 // Layers that read the same input, each with its own output.
@@ -722,16 +719,36 @@ static int family_body(void *job, int64_t item) {
     return f->members[m].body(&f->members[m], item - f->first[m]);
 }
 
-// A block of tokens from x to y: T(x) never leaves the cache of the core that made it.
+// Memory for all sets of T(x), which the members share; NULL when there is none.
+static char *place_activations(struct family *f) {
+    const struct call *c = f->members;
+    int64_t total = 64;
+    for (int set = 0; set < c->sets; set++) total += c->stride[set] * room(c);
+    char *memory = malloc((size_t)total), *at = (char *)round_up((int64_t)(intptr_t)memory, 64);
+    for (int set = 0; memory && set < c->sets; at += c->stride[set++] * room(c))
+        for (int64_t m = 0; m < f->count; m++) f->members[m].activations[set] = at;
+    return memory;
+}
+
+// A block of tokens from x to y, a call of its own: T(x) never leaves the cache of the core that made it.
 static int block_body(void *job, int64_t item) {
-    struct family *f = job;
-    struct call *c = f->members;
-    const int64_t each = c->columns_per_item / c->planes, first = item * each, end = smaller(first + each, c->tokens);
-    for (int64_t token = first; token < end; token += c->tokens_per_item)
-        if (c->prologue(c, token / c->tokens_per_item)) return NO_MEMORY;
-    for (int64_t m = 0; m < f->count; m++)
-        if (f->members[m].body(&f->members[m], item)) return NO_MEMORY;
-    return 0;
+    struct family f = *(const struct family *)job;
+    const int64_t each = f.members[0].columns_per_item / f.members[0].planes, first = item * each;
+    const int64_t tokens = smaller(each, f.members[0].tokens - first);
+    for (int64_t m = 0; m < f.count; m++) {
+        struct call *c = &f.members[m];
+        const int64_t element = c->dtype == FLOAT32 ? 4 : 2;
+        c->x = (const char *)c->x + first * c->w->in * element;
+        c->y = (char *)c->y + first * c->w->out * element;
+        c->tokens = tokens, c->columns = tokens * c->planes;
+    }
+    char *memory = place_activations(&f);
+    int failed = !memory;
+    for (int64_t token = 0; token < tokens && !failed; token += f.members[0].tokens_per_item)
+        failed = f.members[0].prologue(&f.members[0], token / f.members[0].tokens_per_item);
+    for (int64_t m = 0; m < f.count && !failed; m++) failed = f.members[m].body(&f.members[m], 0);
+    free(memory);
+    return failed;
 }
 
 #define BLOCK_TOKENS 512  // at most, so that T(x) stays near
@@ -799,26 +816,18 @@ EXPORT int64_t tqw_linears(const struct tqw_weight *const *w, int64_t count, con
     first->layout = exact ? FLOATS : isa < AVX512 ? NATURAL : first->columns <= STREAM_COLUMNS ? LANES : COLUMNS;
     if (first->layout == COLUMNS && isa == AMX && first->planes == 1 && tokens >= bfloat16_from(first->chunk)) first->layout = TILES;
     choose_functions(first, (int)exact);
-    int64_t total = plan_activations(first);
-    char *memory = malloc((size_t)total + 64), *at = (char *)round_up((int64_t)(intptr_t)memory, 64);
-    if (!memory) return NO_MEMORY;
-    for (int set = 0; set < first->sets; set++) {
-        first->activations[set] = at;
-        at += first->stride[set] * room(first);
-    }
+    plan_activations(first);
     for (int64_t i = count; i-- > 0;) {
         f.members[i] = *first;
         f.members[i].w = w[i], f.members[i].y = y[i], f.members[i].bias = bias[i];
     }
     for (int64_t i = 0; i < count; i++) f.first[i + 1] = f.first[i] + divide_columns(&f.members[i], threads);
     int64_t items = (tokens + first->tokens_per_item - 1) / first->tokens_per_item, blocks = divide_tokens(&f, threads);
-    int failed;
-    if (blocks) {
-        failed = parallel(block_body, &f, blocks, threads);
-    } else {
-        failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
-        if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
-    }
+    if (blocks) return parallel(block_body, &f, blocks, threads);
+    char *memory = place_activations(&f);
+    if (!memory) return NO_MEMORY;
+    int failed = parallel(first->prologue, first, items, tokens * w[0]->in < 1 << 14 ? 1 : threads);
+    if (!failed) failed = parallel(family_body, &f, f.first[count], threads);
     free(memory);
     return failed;
 }

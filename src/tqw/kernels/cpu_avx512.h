@@ -658,7 +658,7 @@ FAST static int columns_avx512(void *job, int64_t item) {
 #define TILE_BYTES 1024
 #define BF16_BLOCK 640   // inputs: 32 decoded rows of them stay in the L1 cache
 #define BF16_TOKENS 512  // whose sums of BF16_ROWS rows stay in the L2 cache, where there is more than one block
-#define BF16_ROWS 128
+#define BF16_ROWS 256
 
 // Inputs of a block, a multiple of PANEL_TILE: all blocks about as large.
 INLINE int64_t bf16_block(int64_t padded) {
@@ -844,54 +844,42 @@ BF16_INLINE void store_outputs(void *y, int64_t at, __m512 value, __mmask16 vali
     else _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// y[panel of 32 rows, `pitch` floats each][tokens][32] + bias -> the outputs of `rows` rows, token by token: to write
+// all of a token's outputs before the next token's, a line apart from them, takes half the time.
 BF16_INLINE void finish_rows(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows, const int dtype,
-                             const float *y) {
-    float bias[32] = {0};
+                             const float *y, int64_t pitch) {
+    float bias[BF16_ROWS] = {0};
     for (int64_t r = 0; c->bias && r < rows; r++) bias[r] = load_one(c->bias, row + r, c->bias_dtype);
-    const __m512 b0 = _mm512_loadu_ps(bias), b1 = _mm512_loadu_ps(bias + 16);
-    const __mmask16 valid0 = existing(rows), valid1 = existing(rows - 16);
-    for (int64_t i = 0, at = token * c->w->out + row; i < tokens; i++, y += 32, at += c->w->out) {
-        const __m512 low = _mm512_add_ps(_mm512_load_ps(y), b0), high = _mm512_add_ps(_mm512_load_ps(y + 16), b1);
-        if (dtype == BFLOAT16 && rows == 32) {
-            _mm512_storeu_si512((uint16_t *)c->y + at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-            continue;
+    for (int64_t i = 0, at = token * c->w->out + row; i < tokens; i++, y += 32, at += c->w->out)
+        for (int64_t r = 0; r < rows; r += 32) {
+            const float *from = y + r / 32 * pitch;
+            const __m512 low = _mm512_add_ps(_mm512_load_ps(from), _mm512_loadu_ps(bias + r));
+            const __m512 high = _mm512_add_ps(_mm512_load_ps(from + 16), _mm512_loadu_ps(bias + r + 16));
+            if (dtype == BFLOAT16 && rows - r >= 32) {
+                _mm512_storeu_si512((uint16_t *)c->y + at + r, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                continue;
+            }
+            store_outputs(c->y, at + r, low, existing(rows - r), dtype);
+            if (rows - r > 16) store_outputs(c->y, at + r + 16, high, existing(rows - r - 16), dtype);
         }
-        store_outputs(c->y, at, low, valid0, dtype);
-        if (rows > 16) store_outputs(c->y, at + 16, high, valid1, dtype);
-    }
 }
 
-// y[tokens][32] + bias -> the outputs of `rows` rows.
 BF16_FAST static void finish_bf16(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows,
-                                  const float *y) {
+                                  const float *y, int64_t pitch) {
     switch (c->dtype) {
-#define CASE(dtype) case dtype: finish_rows(c, token, tokens, row, rows, dtype, y); break;
+#define CASE(dtype) case dtype: finish_rows(c, token, tokens, row, rows, dtype, y, pitch); break;
         CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16)
 #undef CASE
     }
 }
 
-// 32 rows times the inputs `from` .. `to` of one pass. Each product starts before the previous one is stored, which hides some
-// of its latency. With one block in all, sums go straight from two places in the L1 cache to the outputs.
-BF16_FAST static void block_product(const struct call *c, int set, int64_t from, int64_t to, int is_first, int is_last,
-                                    int64_t row, int64_t rows, int64_t token, int64_t tokens, const uint8_t *panel,
-                                    float *y) {
-    const int64_t stride = c->stride[set], units = (to - from) / 32, pairs = (tokens + 31) / 32;
+// y += 32 rows times the inputs `from` .. `to` of one pass.
+BF16_FAST static void block_product(const struct call *c, int set, int64_t from, int64_t to, int is_first, int64_t rows,
+                                    int64_t token, int64_t tokens, const uint8_t *panel, float *y) {
+    const int64_t stride = c->stride[set], units = (to - from) / 32;
     const char *x = c->activations[set] + token * stride + from / 32 * TILE_BYTES;
-    const int single = is_first && is_last, element = c->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t next = 0; next <= pairs; next++) {
-        if (is_last)  // each token's outputs are a line far from the others'
-            for (int64_t i = next * 32; i < smaller(next * 32 + 32, tokens); i++)
-                __builtin_prefetch((char *)c->y + ((token + i) * c->w->out + row) * element, 1);
-        if (next < pairs)
-            multiply_any(x + next * 32 * stride, 16 * stride, panel, units, is_first, tokens - next * 32 > 16 ? 2 : 1,
-                         rows > 16 ? 2 : 1, y + (single ? next % 2 : next) * 1024);
-        if (next > 0 && is_last) {
-            const int64_t last = next - 1;
-            finish_bf16(c, token + last * 32, smaller(tokens - last * 32, 32), row, rows,
-                        y + (single ? last % 2 : last) * 1024);
-        }
-    }
+    for (int64_t i = 0; i < tokens; i += 32, y += 1024)
+        multiply_any(x + i * stride, 16 * stride, panel, units, is_first, tokens - i > 16 ? 2 : 1, rows > 16 ? 2 : 1, y);
 }
 
 // All rows of a part, first one block of the inputs, then the next: T(x) of a block then stays near.
@@ -908,10 +896,10 @@ BF16_FAST static void rows_bf16(const struct call *c, const struct tables *table
                     CASE(2) CASE(3) CASE(4) CASE(5)
 #undef CASE
                 }
-                block_product(c, c->set_of_pass[pass], first, end, pass == 0 && first == 0,
-                              pass == passes - 1 && end == padded, row + r, some, token, tokens, panel,
-                              passes == 1 && block >= padded ? y : y + r / 32 * pitch);
+                block_product(c, c->set_of_pass[pass], first, end, pass == 0 && first == 0, some, token, tokens, panel,
+                              y + r / 32 * pitch);
             }
+    finish_bf16(c, token, tokens, row, rows, y, pitch);
 }
 
 // Items as those of `panels_avx512`.
