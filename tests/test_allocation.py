@@ -157,5 +157,26 @@ def test_sensitive_layers_get_more_bits():
     assert all(widths[f"{name}.weight"] > widths["model.layers.0.mlp.up_proj.weight"] for name in group)
 
 
-def test_models_without_logits_have_no_sensitivities():
-    assert sensitivities(tiny("bert"), token_ids(), {}) == {}
+@pytest.mark.usefixtures("exact_activations")
+def test_without_logits_sensitivities_predict_the_error_of_the_hidden_states():
+    model, batches = tiny("bert"), [token_ids(8, 40), token_ids(8, 13)]
+    power = input_power(model, batches)
+    found = sensitivities(model, batches, power)
+    with torch.no_grad():
+        before = [model(ids).last_hidden_state for ids in batches]
+    report = quantize_model(model, QuantConfig(bits=5, group_size=32), input_power=power)
+    with torch.no_grad():
+        after = [model(ids).last_hidden_state for ids in batches]
+    error = 0.5 * sum(float((y - x).square().sum()) for x, y in zip(before, after, strict=True))
+    error /= sum(ids.numel() for ids in batches)
+    assert set(report.modules) - set(found) == {"pooler.dense"}  # its output is another one
+    predicted = sum(found.values()) * relative_mse(5, 32)
+    assert error / 2 < predicted < error * 2
+
+
+def test_layers_that_the_sensitivities_do_not_name_keep_their_width():
+    model = tiny("bert")
+    power = input_power(model, [token_ids(8, 40)])
+    found = sensitivities(model, token_ids(8, 40), power)
+    plan = plan_model(model, allocate_bits(model, 4.8, sensitivity=found))
+    assert {r.bits for r in plan.quantized if r.name.startswith("pooler")} == {"4"}

@@ -10,6 +10,7 @@ from conftest import tiny, token_ids
 
 import tqw
 from tqw import gptq
+from tqw.calibrate import whole_texts
 from tqw.codebook import levels
 from tqw.config import QuantConfig
 from tqw.gptq import Moments
@@ -172,6 +173,32 @@ def test_batches_of_different_lengths_count_by_their_tokens():
     found = LayerMoments(model, batches)(f"{prefix}.0.self_attn.q_proj")
     assert found is not None
     assert torch.allclose(found.second, x.T @ x / len(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("drift", [0.25, 1.0])
+def test_moments_are_those_of_what_is_quantized_before_in_the_same_layer(drift):
+    model, dense = tiny("llama"), tiny("llama")
+    ids = token_ids(4, 20)
+    moments = LayerMoments(model, ids, drift)
+    assert moments("model.layers.0.self_attn.q_proj") is not None
+    tqw.quantize_model(model.model.layers[0].self_attn, QuantConfig(bits=2, group_size=32))
+    name = "model.layers.0.mlp.up_proj"
+    found, x, x0 = moments(name), inputs_of(model, name, ids), inputs_of(dense, name, ids)
+    assert found is not None
+    assert found.cross is not None
+    assert found.drift == drift
+    assert torch.allclose(found.second, x.T @ x / len(x), atol=1e-4)
+    assert torch.allclose(found.cross, x0.T @ x / len(x), atol=1e-4)
+    assert (x - x0).norm() > 0.05 * x0.norm()
+
+
+def test_whole_texts_are_batches_of_one_length():
+    class Words:
+        def __call__(self, texts, return_tensors, truncation):
+            return {"input_ids": torch.tensor([[len(word) for word in texts[0].split()]])}
+
+    batches = whole_texts(Words(), ["a bb", "a", "ccc d", "bb a", "a bb ccc"], size=2)
+    assert [batch.tolist() for batch in batches] == [[[1]], [[1, 2], [3, 1]], [[2, 1]], [[1, 2, 3]]]
 
 
 def test_a_model_quantized_with_feedback_is_closer(tmp_path):

@@ -134,6 +134,8 @@ def _units(
     def pinned(decision: Decision) -> bool:
         if config.override_for(decision.name) is not None:
             return True
+        if sensitivity is not None and decision.name not in sensitivity:  # nothing is known of it: BERT's pooler
+            return True
         return decision.kind not in free if decision.kind in _EMBEDDINGS else decision.bits != config.bits
 
     return [_unit(model, config, g, any(map(pinned, g)), sensitivity) for g in groups]
@@ -154,7 +156,8 @@ def allocate_bits(
     `QuantizationReport.bits_per_weight`; embedding and output embedding too when the config quantizes them: at the
     width that it names, or at one chosen here for the kinds in `free` ("embedding", "lm_head"). Its overrides stay.
     sensitivity: from `sensitivities`, by module name; None takes all groups of layers that share an input as equally
-    important, for which no data and no weights are needed. Works on the meta device.
+    important, for which no data and no weights are needed; layers that it does not name keep the config's width.
+    Works on the meta device.
     Raises TqwError for a target out of reach.
     """
     config = config or QuantConfig()
@@ -170,8 +173,10 @@ def allocate_bits(
         )
     choices = best_widths([u.sizes for u in units], [u.losses for u in units], int(target_bpw * weights / 8))
     assert choices is not None
-    widths = {name: u.widths[c] for u, c in zip(units, choices, strict=True) if len(u.widths) > 1 for name in u.names}
-    return _with_widths(config, widths)
+    chosen = {name: u.widths[c] for u, c in zip(units, choices, strict=True) for name in u.names}
+    free_names = {name for u in units if len(u.widths) > 1 for name in u.names}
+    unknown = {n for n in chosen if n not in (sensitivity or chosen) and config.override_for(n) is None}
+    return _with_widths(config, {name: width for name, width in chosen.items() if name in free_names | unknown})
 
 
 def _with_widths(config: QuantConfig, widths: Mapping[str, tuple[int, ...]]) -> QuantConfig:
@@ -191,6 +196,7 @@ class _Watch:
 
     def __init__(self, weight: Tensor | None, power: Tensor | None) -> None:
         self.total = 0.0
+        self.reached = False  # by a gradient
         self.weight = weight
         self.scale: Tensor | None = None
         if weight is not None and power is not None:
@@ -217,6 +223,7 @@ class _Watch:
             if self.weight is not None:
                 w = self.weight.float() if self.scale is None else self.weight.float() / self.scale
                 error = noise @ (self._blocks(w) / block_size(w.shape[-1])).T
+            self.reached = True
             self.total += 0.5 * float((gradient.float().square() * error).sum())
 
         y.register_hook(backward)
@@ -239,12 +246,17 @@ def _gradients_of_activations(model: nn.Module) -> Any:
 
 
 def sensitivities(
-    model: nn.Module, ids: Tensor, power: Mapping[str, Tensor], progress: Progress | None = None
+    model: nn.Module,
+    ids: Tensor | Sequence[Tensor],
+    power: Mapping[str, Tensor],
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """KLD in nats a token per unit of relative error of a layer's weights, by module name: see the top of this file.
 
-    ids: int64 [sequences, tokens]; power: E x_j^2 by weight name (`tqw.calibrate.input_power`). One forward and one
-    backward pass over at most 2,048 tokens, one sequence at a time. Empty for models without logits.
+    ids: int64 [sequences, tokens], of which at most 2,048 tokens are used, one sequence at a time; or batches, all
+    used. power: E x_j^2 by weight name (`tqw.calibrate.input_power`). One forward and one backward pass. For models
+    without logits the squared error of the last hidden states stands in for the KLD: g is then the gradient of
+    <h, r>, r Gaussian. Without layers that the output does not depend on.
     """
     watches = {}
     for name, module in model.named_modules():
@@ -253,21 +265,34 @@ def sensitivities(
             weight = dense_weights(module, kind)[""] if kind in ("linear", "conv1d") else None
             watches[name] = _Watch(weight, power.get(tensor_name(name, "")))
     generator = torch.Generator().manual_seed(0)
-    batches = ids[: max(1, _TOKENS // ids.shape[1])].to(next(model.parameters()).device).split(1)
+    batches = ids[: max(1, _TOKENS // ids.shape[1])].split(1) if isinstance(ids, Tensor) else ids
+    device = next(model.parameters()).device
     handles = []
     try:
         with _gradients_of_activations(model):  # its hook first: the embedding's output needs a gradient when watched
             handles = [model.get_submodule(name).register_forward_hook(w.forward) for name, w in watches.items()]
             for count, batch in enumerate(batches, 1):
-                logits = getattr(model(input_ids=batch, use_cache=False), "logits", None)
-                if logits is None:
+                output = model(input_ids=batch.to(device), use_cache=False)
+                loss = _sampled_loss(output, generator)
+                if loss is None:
                     return {}
-                logs = logits.flatten(0, -2).float().log_softmax(-1)
-                sampled = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                logs.gather(-1, sampled).sum().backward()
+                loss.backward()
                 if progress is not None:
                     progress("measure sensitivities", count, len(batches))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: watch.total / (len(batches) * ids.shape[1]) for name, watch in watches.items()}
+    tokens = sum(batch.numel() for batch in batches)
+    return {name: watch.total / tokens for name, watch in watches.items() if watch.reached}
+
+
+def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor | None:
+    """A random scalar whose gradients' squares have the sensitivity as their mean; None for outputs not known."""
+    logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
+    if logits is not None:
+        logs = logits.flatten(0, -2).float().log_softmax(-1)
+        sampled = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+        return logs.gather(-1, sampled).sum()
+    if hidden is not None:
+        return (hidden.float() * torch.randn(hidden.shape, generator=generator).to(hidden.device)).sum()
+    return None

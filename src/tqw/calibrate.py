@@ -143,6 +143,15 @@ def self_generated(
     return ids.cpu()
 
 
+def whole_texts(tokenizer: Any, texts: Sequence[str], size: int = 64) -> list[Tensor]:
+    """Each text by itself, as an encoder reads it: int64 [at most `size`, tokens] of one length each, no padding."""
+    lengths: dict[int, list[Tensor]] = {}
+    for text in texts:
+        ids = tokenizer([text], return_tensors="pt", truncation=True)["input_ids"]
+        lengths.setdefault(ids.shape[1], []).append(ids)
+    return [batch for _, same in sorted(lengths.items()) for batch in torch.cat(same).split(size)]
+
+
 def text_sequences(model: nn.Module, tokenizer: Any, text: str, sequences: int = 32, length: int = 512) -> Tensor:
     """Windows of a user's text, each begun by the first token: int64 [windows, length]."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -34,11 +34,13 @@ _REFIT_ELEMENTS = 1 << 26
 class Moments:
     """Of the inputs of one layer, float32 [in, in]: second = E[x x^T], cross = E[x0 x^T] or None.
 
-    x: what the quantized layers before it produce; x0: what the float model's layers do.
+    x: what the quantized layers before it produce; x0: what the float model's layers do. drift: how much of the step
+    from x to x0 is made up for.
     """
 
     second: Tensor
     cross: Tensor | None = None
+    drift: float = DRIFT_SHARE
 
 
 def rotated_moment(moment: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
@@ -195,7 +197,7 @@ def quantize_with_feedback(
     target = into_rotated(weight.float(), layout.channel_scale[0], matrix).T.contiguous()
     if moments.cross is not None:
         correction = drift_correction(second, rotated_moment(moments.cross, channel_scale, matrix))
-        target += DRIFT_SHARE * (correction @ target)
+        target += moments.drift * (correction @ target)
         del correction  # as large as the moments, and the factorisation comes
     second.diagonal().add_(damping * second.diagonal().mean().clamp(min=1e-30))
     influence = feedback_factor(second, 0.0)

@@ -438,28 +438,32 @@ class _Job:
         assert decision.bits is not None
         config = self.config.with_bits(decision.bits)
         weights, records = {}, []
-        moments = self.moments(decision.name) if self.moments and decision.kind in ("linear", "conv1d") else None
+        feedback = self.moments is not None and decision.kind in ("linear", "conv1d")
         for prefix, dense in dense_weights(module, decision.kind).items():
             name = tensor_name(decision.name, prefix)
             matrix = self.matrix(dense.shape[-1])
             with _named(name):
-                if moments is None:
-                    weights[prefix] = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
-                else:
-                    weights[prefix] = self._with_feedback(decision.name, moments, config, matrix)
+                qw = self._with_feedback(decision.name, config, matrix) if feedback else None
+                if qw is None:
+                    qw = quantize(dense, config, channel_scale=self.scales[name], rotation_matrix=matrix)
+                weights[prefix] = qw
             records.append(_measure(name, dense, weights[prefix], self.input_power.get(name)))
         return decision, _replacement(module, decision.kind, weights, self.dtype), records
 
-    def _with_feedback(
-        self, name: str, moments: Moments, config: QuantConfig, matrix: Tensor | None
-    ) -> QuantizedWeight:
-        """Layers that share their input share its moments: they are coded at once, as one tall weight."""
+    def _with_feedback(self, name: str, config: QuantConfig, matrix: Tensor | None) -> QuantizedWeight | None:
+        """Layers that share their input share its moments: they are coded at once, as one tall weight.
+
+        None for a layer without moments.
+        """
         if name not in self.coded:
+            assert self.moments is not None
+            moments = self.moments(name)
+            if moments is None:
+                return None
             members = self.siblings[name]
             dense = [dense_weights(self.model.get_submodule(m.name), m.kind)[""] for m in members]
             scale = self.scales[tensor_name(name, "")]
             tall = quantize_with_feedback(torch.cat(dense), moments, config, scale, matrix)
-            moments.cross = None  # memory: the siblings have been coded too
             parts = tall.split([len(weight) for weight in dense])
             self.coded.update({m.name: part for m, part in zip(members, parts, strict=True)})
         return self.coded.pop(name)

@@ -1,24 +1,25 @@
-"""Second moments of the layers' inputs, one decoder layer at a time, as the quantized layers before it produce them.
+"""Second moments of the layers' inputs, one input at a time, as everything quantized before it produces them.
 
     S[name] = mean over tokens of x x^T,   C[name] = mean of x0 x^T        x: what weight `name` multiplies
 
-Only one layer's moments and two sets of hidden states are in memory. The hidden states of all calibration sequences
-walk through the model in step with the quantization: layer i is run dense for its moments, then again, quantized, for
-the inputs of layer i + 1, so that each layer makes up for the errors before it (GPTQ, arXiv 2210.17323, section 4). The
-float model's own hidden states, whose inputs are x0, walk beside them (GPTAQ, arXiv 2504.02692).
+Only one input's moments and two sets of hidden states are in memory. The hidden states of all calibration sequences
+walk through the decoder layers in step with the quantization. Within a layer an input is measured when its weight is
+next, so that a weight makes up for the errors of the layers before it and of those in its own layer, once: moments of
+a layer still dense would have every weight of it correct the same drift. (GPTQ, arXiv 2210.17323, section 4.) The float
+model's own hidden states, whose inputs are x0, walk beside them (GPTAQ, arXiv 2504.02692).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tqw.errors import TqwError
-from tqw.gptq import Moments
+from tqw.gptq import DRIFT_SHARE, Moments
 from tqw.model import input_name, kind_of
 
 _BATCH = 8  # sequences
@@ -113,74 +114,77 @@ class _Sums:
         else:
             self.cross = None
 
-    def mean(self) -> Moments:
+    def mean(self, drift: float) -> Moments:
         count = max(self.tokens, 1)
-        return Moments(self.second.div_(count), None if self.cross is None else self.cross.div_(count))
+        return Moments(self.second.div_(count), None if self.cross is None else self.cross.div_(count), drift)
 
 
 class LayerMoments:
     """moments(name) for weights of the decoder layers, asked for in model order; None for others.
 
     ids: sequences of one length, or batches of such: what a model usually reads, whole. No padding is known of.
+    drift: how much of the drift each layer makes up for; 1 is best where the texts are what the model will read.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor | Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor | Sequence[Tensor], drift: float = DRIFT_SHARE) -> None:
         self.inputs = LayerInputs(model, ids)
         self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
-        self.moments: dict[str, Moments] = {}
-        self.measured = -1
+        self.drift = drift
+        self.key, self.moments = "", None  # what was asked for last: siblings ask for it again
+        self.dense: nn.Module | None = None  # the current layer before any of it was quantized
         self.dense_hidden = list(self.inputs.hidden)  # as the float model has it
 
-    @torch.no_grad()
-    def _measure(self, index: int) -> None:
-        self.moments = {}
-        found: dict[str, _Sums] = {}
-        for batch in range(len(self.inputs.hidden)):
-            with self._watched(index) as dense:
-                self.dense_hidden[batch] = self.inputs.output(batch, hidden=self.dense_hidden[batch])
-            with self._watched(index) as now:
-                self.inputs.output(batch)
-            for key, x in now.items():
-                if key not in found:
-                    found[key] = _Sums(x)
-                found[key].add(x, dense.get(key))
-        self.moments = {key: sums.mean() for key, sums in found.items()}
-        self.measured = index
+    def _input(self, key: str, batch: int, layer: nn.Module, hidden: Tensor) -> Tensor | None:
+        """What the linears called `key` read when `layer` stands in the current one's place: float32 [tokens, in]."""
+        seen: list[Tensor] = []
 
-    def _advance(self) -> None:
-        if self.inputs.current != self.measured:  # still dense: the float model's hidden states pass it here
-            with torch.no_grad():
-                for batch, hidden in enumerate(self.dense_hidden):
-                    self.dense_hidden[batch] = self.inputs.output(batch, hidden=hidden)
-        self.inputs.advance()
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0].flatten(0, -2).float())
+            raise _Stop
 
-    @contextmanager
-    def _watched(self, index: int) -> Iterator[dict[str, Tensor]]:
-        """What each input of the layer's linears is, in a forward pass inside: float32 [tokens, in]."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(key: str, x: Tensor) -> None:
-            seen.setdefault(key, x.flatten(0, -2).float())
-
-        handles = []
-        for name, module in self.layers[index].named_modules(prefix=f"{self.prefix}.{index}"):
-            key = input_name(name)
-            if kind_of(module) in ("linear", "conv1d"):
-                handles.append(module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0])))
+        handles = [
+            module.register_forward_pre_hook(keep)
+            for name, module in layer.named_modules(prefix=f"{self.prefix}.{self.inputs.current}")
+            if input_name(name) == key and kind_of(module) in ("linear", "conv1d")
+        ]
         try:
-            yield seen
+            self.inputs.output(batch, layer, hidden)
+        except _Stop:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
+        return seen[0] if seen else None
 
+    def _measure(self, key: str) -> Moments | None:
+        layer = self.layers[self.inputs.current]
+        if self.dense is None:
+            tensors = (*layer.parameters(), *layer.buffers())
+            self.dense = copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})  # modules, not their tensors
+        sums: _Sums | None = None
+        for batch, (hidden, dense_hidden) in enumerate(zip(self.inputs.hidden, self.dense_hidden, strict=True)):
+            x = self._input(key, batch, layer, hidden)
+            if x is not None:
+                sums = sums or _Sums(x)
+                sums.add(x, self._input(key, batch, self.dense, dense_hidden))
+        return None if sums is None else sums.mean(self.drift)
+
+    def _advance(self) -> None:
+        for batch, hidden in enumerate(self.dense_hidden):
+            self.dense_hidden[batch] = self.inputs.output(batch, self.dense, hidden)
+        self.dense = None
+        self.inputs.advance()
+
+    @torch.no_grad()
     def __call__(self, name: str) -> Moments | None:
         """name: of a module."""
         head, _, rest = name.removeprefix(f"{self.prefix}.").partition(".")
         if not name.startswith(f"{self.prefix}.") or not head.isdigit() or not rest:
             return None
-        index = int(head)
-        if index != self.measured:
-            while self.inputs.current < index:
-                self._advance()
-            self._measure(index)
-        return self.moments.get(input_name(name))
+        while self.inputs.current < int(head):
+            self._advance()
+        if input_name(name) != self.key:
+            self.key = input_name(name)
+            self.moments = None  # memory
+            self.moments = self._measure(self.key)
+        return self.moments
