@@ -213,15 +213,10 @@ def _quantized_by(qw: QuantizedWeight) -> Callable[[Tensor], Tensor]:
 def methods(qw: QuantizedWeight, dense: Tensor) -> list[Method]:
     """tqw, torch and every installed peer that can do this shape."""
     count, size = _copies(qw.nbytes()), dense.numel()
+    own = [_quantized_by(copy_weight(qw)) for _ in range(count)]
     found = [
-        Method(
-            "tqw",
-            [_quantized_by(copy_weight(qw)) for _ in range(count)],
-            torch.float32,
-            qw.nbytes(),
-            qw.bits_per_weight(),
-            2e-2,
-        )
+        Method(name, own, dtype, qw.nbytes(), qw.bits_per_weight(), 2e-2)
+        for name, dtype in (("tqw", torch.float32), ("tqw_bfloat16", torch.bfloat16))
     ]
     for name, dtype, limit in (("torch_float32", torch.float32, 1e-5), ("torch_bfloat16", torch.bfloat16, 2e-2)):
         weight = dense.to(dtype)
