@@ -197,8 +197,9 @@ def main() -> None:
     for label, (settings, statistics) in ROWS.items():
         if label not in rows:
             model = copy.deepcopy(dense)
+            settings, power = dict(settings), powers[statistics]
             target = settings.pop("target", None)
-            config, power = tqw.QuantConfig(**settings), powers[statistics]
+            config = tqw.QuantConfig(**settings)
             gptq = {}
             if statistics in batches:
                 drift = 1.0 if "drift" in statistics else DRIFT_SHARE
