@@ -130,7 +130,6 @@ class LayerMoments:
         self.inputs = LayerInputs(model, ids)
         self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
         self.drift = drift
-        self.key, self.moments = "", None  # what was asked for last: siblings ask for it again
         self.dense: nn.Module | None = None  # the current layer before any of it was quantized
         self.dense_hidden = list(self.inputs.hidden)  # as the float model has it
 
@@ -183,8 +182,4 @@ class LayerMoments:
             return None
         while self.inputs.current < int(head):
             self._advance()
-        if input_name(name) != self.key:
-            self.key = input_name(name)
-            self.moments = None  # memory
-            self.moments = self._measure(self.key)
-        return self.moments
+        return self._measure(input_name(name))
