@@ -2,7 +2,8 @@
 
 Inference engines have such kernels; torch's parts take longer than a layer's 4-bit products. Attention: each program
 takes a chunk of one key head's places for the query heads that share it, and a second kernel adds the chunks up.
-All let the next kernel begin at once (programmatic dependent launch), as far as that does not need their result.
+Each lets the next kernel begin when the one before has ended (programmatic dependent launch), as far as that does not
+need its result.
 """
 
 from __future__ import annotations

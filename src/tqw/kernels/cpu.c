@@ -204,6 +204,8 @@ INLINE int order_of(int bits) { return 8 / first_plane(bits); }
 INLINE int64_t tile_of(int order) { return order == 1 ? 64 : 128; }
 INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+INLINE int64_t element_of(const struct call *c) { return c->dtype == FLOAT32 ? 4 : 2; }  // bytes of one of x or y
+
 // Tokens for which a layout has room.
 static int64_t room(const struct call *c) { return c->layout == TILES ? round_up(c->columns, 16) : c->columns; }
 
@@ -342,7 +344,7 @@ INLINE void arrange_lanes(const struct call *c, const int8_t *q, const float *sx
 INLINE int prologue_body(struct call *c, int64_t token) {
     const struct tqw_weight *w = c->w;
     float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
-    const char *x = (const char *)c->x + token * w->in * (c->dtype == FLOAT32 ? 4 : 2);
+    const char *x = (const char *)c->x + token * w->in * element_of(c);
     const int64_t size = round_up(w->padded + 128 + c->chunks * 4, 64);  // of one plane: q, zeros for tiles past the end, sx
     int8_t *q = calloc(1, (size_t)(size * c->planes));
     if (!q) return NO_MEMORY;
@@ -737,9 +739,8 @@ static int block_body(void *job, int64_t item) {
     const int64_t tokens = smaller(each, f.members[0].tokens - first);
     for (int64_t m = 0; m < f.count; m++) {
         struct call *c = &f.members[m];
-        const int64_t element = c->dtype == FLOAT32 ? 4 : 2;
-        c->x = (const char *)c->x + first * c->w->in * element;
-        c->y = (char *)c->y + first * c->w->out * element;
+        c->x = (const char *)c->x + first * c->w->in * element_of(c);
+        c->y = (char *)c->y + first * c->w->out * element_of(c);
         c->tokens = tokens, c->columns = tokens * c->planes;
     }
     char *memory = place_activations(&f);

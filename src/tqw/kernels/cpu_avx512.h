@@ -467,19 +467,28 @@ FAST_INLINE void panel(const struct call *c, const struct tables *tables, int64_
     }
 }
 
+struct part {
+    int64_t row, end, token, last;  // of these rows and columns: the first, and behind the last
+};
+
 // Items: the first part of the columns for all rows, then the next part, so that the threads expand different rows.
+static struct part part_of(const struct call *c, int64_t item) {
+    const int64_t items = (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
+    const int64_t row = item % items * c->rows_per_item, token = item / items * c->columns_per_item;
+    return (struct part){row, smaller(row + c->rows_per_item, c->w->out), token, smaller(token + c->columns_per_item, c->columns)};
+}
+
 FAST static int panels_avx512(void *job, int64_t item) {
     const struct call *c = job;
     struct tables tables[MAX_PASSES];
     for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
-    const int64_t items = (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
-    const int64_t token = item / items * c->columns_per_item, last = smaller(token + c->columns_per_item, c->columns);
-    uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + smaller(last - token, PANEL_TOKENS) * 4)));
+    const struct part p = part_of(c, item);
+    uint8_t *memory = aligned_alloc(64, (size_t)(PANEL_ROWS * (PANEL_TILE + smaller(p.last - p.token, PANEL_TOKENS) * 4)));
     if (!memory) return NO_MEMORY;
-    int64_t row = item % items * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    int64_t row = p.row;
     if (c->isa == AMX) tiles_begin();
-    for (; end - row > 32; row += 64) panel(c, tables, row, smaller(end - row, 64), 4, token, last, memory);
-    for (; row < end; row += 16) panel(c, tables, row, smaller(end - row, 16), 1, token, last, memory);
+    for (; p.end - row > 32; row += 64) panel(c, tables, row, smaller(p.end - row, 64), 4, p.token, p.last, memory);
+    for (; row < p.end; row += 16) panel(c, tables, row, smaller(p.end - row, 16), 1, p.token, p.last, memory);
     if (c->isa == AMX) tiles_end();
     free(memory);
     return 0;
@@ -614,7 +623,7 @@ FAST_INLINE void block_columns(const struct call *c, int set, const struct unpac
     channel_scales(c->channel[set] + start, w->in - start, count, scale);
     for (int k = 0; k < 4; k++) {
         int64_t at = (token + smaller(k, tokens - 1)) * w->in;
-        transform_in_registers(c, scale, (const char *)c->x + at * (c->dtype == FLOAT32 ? 4 : 2), start, count, v[k]);
+        transform_in_registers(c, scale, (const char *)c->x + at * element_of(c), start, count, v[k]);
     }
     for (int64_t plane = 0; plane < c->planes; plane++) {
         char *q[4];
@@ -657,7 +666,7 @@ FAST static int columns_avx512(void *job, int64_t item) {
 #define BF16_INLINE BF16_FAST INLINE
 #define TILE_BYTES 1024
 #define BF16_BLOCK 640   // inputs: 32 decoded rows of them stay in the L1 cache
-#define BF16_TOKENS 512  // whose sums of BF16_ROWS rows stay in the L2 cache, where there is more than one block
+#define BF16_TOKENS 512  // whose sums of BF16_ROWS rows stay in the L2 cache
 #define BF16_ROWS 256
 
 // Inputs of a block, a multiple of PANEL_TILE: all blocks about as large.
@@ -680,7 +689,7 @@ BF16_INLINE void block_bf16(const struct call *c, int set, int64_t token, int64_
     channel_scales(c->channel[set] + start, w->in - start, count, scale);
     for (int i = 0; i < count; i++) scale[i] *= norm;
     for (int64_t k = token; k < token + tokens; k++) {
-        transform_in_registers(c, scale, (const char *)c->x + k * w->in * (c->dtype == FLOAT32 ? 4 : 2), start, count, v);
+        transform_in_registers(c, scale, (const char *)c->x + k * w->in * element_of(c), start, count, v);
         char *to = c->activations[set] + k / 16 * 16 * c->stride[set] + start / 32 * TILE_BYTES + k % 16 * 64;
         for (int i = 0; i < count; i += 2, to += TILE_BYTES) {
             __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
@@ -844,8 +853,8 @@ BF16_INLINE void store_outputs(void *y, int64_t at, __m512 value, __mmask16 vali
     else _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// y[panel of 32 rows, `pitch` floats each][tokens][32] + bias -> the outputs of `rows` rows, token by token: to write
-// all of a token's outputs before the next token's, a line apart from them, takes half the time.
+// y[panel of 32 rows, `pitch` floats each][tokens][32] + bias -> the outputs of `rows` rows, token by token: those
+// of the next token are as far away as memory goes from row to row.
 BF16_INLINE void finish_rows(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows, const int dtype,
                              const float *y, int64_t pitch) {
     float bias[BF16_ROWS] = {0};
@@ -873,7 +882,7 @@ BF16_FAST static void finish_bf16(const struct call *c, int64_t token, int64_t t
     }
 }
 
-// y += 32 rows times the inputs `from` .. `to` of one pass.
+// y += or (is_first) = 32 rows times the inputs `from` .. `to` of one pass.
 BF16_FAST static void block_product(const struct call *c, int set, int64_t from, int64_t to, int is_first, int64_t rows,
                                     int64_t token, int64_t tokens, const uint8_t *panel, float *y) {
     const int64_t stride = c->stride[set], units = (to - from) / 32;
@@ -902,22 +911,19 @@ BF16_FAST static void rows_bf16(const struct call *c, const struct tables *table
     finish_bf16(c, token, tokens, row, rows, y, pitch);
 }
 
-// Items as those of `panels_avx512`.
 BF16_FAST static int panels_bf16(void *job, int64_t item) {
     const struct call *c = job;
     struct tables tables[MAX_PASSES];
     for (int64_t pass = 0; pass < c->w->passes; pass++) make_tables(c->w, &c->w->pass[pass], &tables[pass]);
-    const int64_t items = (c->w->out + c->rows_per_item - 1) / c->rows_per_item;
-    const int64_t token = item / items * c->columns_per_item, last = smaller(token + c->columns_per_item, c->columns);
-    const int64_t row = item % items * c->rows_per_item, end = smaller(row + c->rows_per_item, c->w->out);
+    const struct part p = part_of(c, item);
+    const int64_t tokens = smaller(p.last - p.token, BF16_TOKENS), rows = smaller(p.end - p.row, BF16_ROWS);
     const size_t panel = (size_t)bf16_block(c->w->padded) * 32 * 2;
-    const int64_t tokens = round_up(smaller(last - token, BF16_TOKENS), 32), rows = round_up(smaller(end - row, BF16_ROWS), 32);
-    uint8_t *memory = aligned_alloc(64, panel + (size_t)(tokens * rows < 2048 ? 2048 : tokens * rows) * 4);
+    uint8_t *memory = aligned_alloc(64, panel + (size_t)(round_up(tokens, 32) * round_up(rows, 32)) * 4);
     if (!memory) return NO_MEMORY;
     tiles_begin();
-    for (int64_t t = token; t < last; t += BF16_TOKENS)
-        for (int64_t r = row; r < end; r += BF16_ROWS)
-            rows_bf16(c, tables, r, smaller(end - r, BF16_ROWS), t, smaller(last - t, BF16_TOKENS), memory,
+    for (int64_t t = p.token; t < p.last; t += BF16_TOKENS)
+        for (int64_t r = p.row; r < p.end; r += BF16_ROWS)
+            rows_bf16(c, tables, r, smaller(p.end - r, BF16_ROWS), t, smaller(p.last - t, BF16_TOKENS), memory,
                       (float *)(memory + panel));
     tiles_end();
     free(memory);

@@ -118,7 +118,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// In this order where every multiprocessor has one CTA: the kernel after the next would take places that the next needs.
+// In this order the kernel after the next takes no place that the next needs: it counts where every multiprocessor has
+// one CTA (decode). Kernels that only prepare x for the next one let it in first.
 __device__ __forceinline__ void take_over() {
   wait_for_previous_kernel();
   allow_next_kernel();
