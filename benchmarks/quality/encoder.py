@@ -170,13 +170,12 @@ def main() -> None:
     expected = embed(dense, tokenizer, texts)
     random = torch.randint(1000, 30000, (16, 64), generator=torch.Generator().manual_seed(0))
     padded = [tokenizer([text], return_tensors="pt")["input_ids"] for text in others[:128]]
-    more = [text for text in docstrings() if text not in set(every)][:MORE]
-    own = calibrate.whole_texts(tokenizer, others)
+    known = set(every)
+    more = [text for text in docstrings() if text not in known][:MORE]
     batches = {
-        "gptq": own,
+        "gptq": calibrate.whole_texts(tokenizer, others),
         "gptq windows": windows(tokenizer, others).split(32),
-        "gptq drift": own,
-        "gptq drift more": calibrate.whole_texts(tokenizer, others + more),
+        "gptq more": calibrate.whole_texts(tokenizer, others + more),
     }
     powers = {
         "none": None,
@@ -197,15 +196,16 @@ def main() -> None:
     for label, (settings, statistics) in ROWS.items():
         if label not in rows:
             model = copy.deepcopy(dense)
-            settings, power = dict(settings), powers[statistics]
+            source = statistics.replace(" drift", "")
+            settings, power = dict(settings), powers[source]
             target = settings.pop("target", None)
             config = tqw.QuantConfig(**settings)
             gptq = {}
-            if statistics in batches:
-                drift = 1.0 if "drift" in statistics else DRIFT_SHARE
-                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[statistics], drift)}
+            if source in batches:
+                drift = DRIFT_SHARE if source == statistics else 1.0
+                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[source], drift)}
             if target:
-                found = sensitivities(dense, batches[statistics], power)
+                found = sensitivities(dense, batches[source], power)
                 config = tqw.allocate_bits(dense, target, config, sensitivity=found)
             report = tqw.quantize_model(model, config, input_power=power, **gptq)
             add(label, report.bits_per_weight(), statistics, model)
