@@ -2,11 +2,12 @@
 
 Few tokens: one launch that transforms x, decodes and multiplies (see the head of linear.cu). Many tokens:
 y = x dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than one slice in memory.
-T(x) is rounded to 16-bit fixed point with one scale per token and tile of at most 128 inputs:
+T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
+more of weights below 6 bits, to 8:
 
-    |y - exact| <= sum over tiles of (max |T(x)| / 65024) * sum |V|  +  float32 accumulation
+    |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
-TQW_CUDA_ACTIVATIONS=fp8 rounds T(x) and V of long inputs to e4m3, at the price that docs/kernels.md states.
+TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits, fp8 rounds T(x) and V of long inputs to e4m3; docs/kernels.md states the price.
 Nothing here asks the GPU anything before the first call.
 """
 
@@ -33,7 +34,8 @@ from tqw.kernels import gpu
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100); twice as many in one plane
+_ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
@@ -87,6 +89,7 @@ class Variant:
     rotate: bool
     scaled: bool
     x_type: int
+    planes: int = 2
     column_tiles: int = 1
     fused: bool = True
     cluster: int = 1
@@ -111,7 +114,7 @@ class Variant:
             "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate and not self.fp8),
             "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
-            "X_TYPE": self.x_type, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles, "FUSED": int(self.fused),
             "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
@@ -132,7 +135,7 @@ class Variant:
         ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + 64 for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
         of_rank = self.padded_in // self.split
-        planes = tokens * (2 * (of_rank + 16) + 4 * (of_rank // self.tile))
+        planes = tokens * (self.planes * (of_rank + 16) + 4 * (of_rank // self.tile))
         return ring + 16 + sums + planes
 
     def ring_bytes(self) -> int:
@@ -374,7 +377,8 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
-    return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype])
+    planes = 2 if sum(qw.bits) >= 6 or _activations() == "exact" else 1
+    return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes)
 
 
 def _params(qw: QuantizedWeight, in_features: int) -> _Params:
@@ -421,12 +425,14 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     fused = base.experts or (tokens <= 2 and not wide) or (tokens == 1 and split == 2)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     warps, share = _shares(tiles // split, split)
-    ring = 4 if tokens <= 4 or (many and tokens <= 8) else 2
+    planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
+    ring = 4 if tokens * planes <= 8 or (many and tokens * planes <= 16) else 2
     if wide:
         ring = 2 if fused else 3 if split == 2 else 6
     return replace(
         base,
-        column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens),
+        planes=planes,
+        column_tiles=next(n for n in (1, 2, 4) if 8 * n >= tokens * planes),
         fused=fused,
         cluster=2 if multicast else 1,
         split=split,
@@ -435,7 +441,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         ring=ring,
         early=1 if fused and not (many or wide) else ring,
         unroll=2,
-        halves=tokens <= 8,
+        halves=tokens * planes <= 16,
         small=out < 16,
     )
 
@@ -446,6 +452,8 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
     pairs: so many times one token, each with an expert of its own.
     """
     limit = device.shared_bytes
+    if tokens > _DECODE_TOKENS and variant.shared_bytes(tokens, 1) > limit:
+        return None  # a shorter ring would be slower than middle.cu
     while variant.shared_bytes(tokens, 1) > limit:
         if variant.ring == 1:
             return None
@@ -465,7 +473,7 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
         return _Plan(0, 0, (decode,), batch)
     items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile
     transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
-    return _Plan(2 * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
+    return _Plan(variant.planes * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
 @lru_cache(maxsize=512)
@@ -598,7 +606,7 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, device:
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= _DECODE_TOKENS * (2 // base.planes):
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
@@ -699,11 +707,15 @@ def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
 
 
 @lru_cache(maxsize=1)
+def _activations() -> str:
+    activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "int8")
+    if activations not in ("exact", "int8", "fp8"):
+        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact, int8 or fp8, got {activations!r}")
+    return activations
+
+
 def _fp8_wanted() -> bool:
-    activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "exact")
-    if activations not in ("exact", "fp8"):
-        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact or fp8, got {activations!r}")
-    return activations == "fp8"
+    return _activations() == "fp8"
 
 
 def _fp8_fits(x: Tensor, qw: QuantizedWeight, ready: _Ready) -> bool:

@@ -2,9 +2,9 @@
 //
 // Compiled at run time by NVRTC, one module for each set of the macros below (cuda.py sets them), without any header.
 //
-// Arithmetic. T(x) is held as 16-bit fixed point with one scale for each token and tile of TILE inputs, split in two
-// int8 planes: T(x) = s (256 high + low). Weights are the A operand of mma.m16n8k32 (int8, exact int32 sums); the two
-// planes of one token are neighbouring columns of B, so one lane holds both sums and 256 high + low is local.
+// Arithmetic. T(x) is held as fixed point with one scale for each token and tile of TILE inputs: 16 bits in two int8
+// planes, T(x) = s (256 high + low), or 8 bits in one. Weights are the A operand of mma.m16n8k32 (int8, exact int32
+// sums); the planes of one token are neighbouring columns of B, so one lane holds both sums and 256 high + low is local.
 // One fp32 multiply-add for each (row, token, tile) applies weight_scale * s. Codes become int8 levels by byte permutes.
 //
 // Layout. The stored row-major bytes are read as they are. A tile is TILE = min(group, block, 128) inputs; lane t of
@@ -16,7 +16,8 @@
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
-// NT         columns tiles of 4 tokens: 1, 2, 4      FUSED     0: tqw_transform comes first
+// PLANES     of T(x): 2, or 1 with less work for many tokens
+// NT         columns tiles of 8 / PLANES tokens      FUSED     0: tqw_transform comes first
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
@@ -406,9 +407,9 @@ __device__ __forceinline__ void store_shared(u32 to, float value) {
 #endif
 }
 
-// T(x) of inputs k to k + 8 of one token from v = a * x; the BLOCK / 8 lanes of a block do it together. Two int8 planes
-// and, for each tile, a scale. tile: the only one to be stored, or -1.
-__device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* high, u8* low, float* scales) {
+// T(x) of inputs k to k + 8 of one token from v = a * x; the BLOCK / 8 lanes of a block do it together. One or two int8
+// planes and, for each tile, a scale. tile: the only one to be stored, or -1.
+__device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* planes, int pitch, float* scales) {
 #if ROTATE
   hadamard(v, threadIdx.x & 31);
 #endif
@@ -417,12 +418,13 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* hi
   for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
 #pragma unroll
   for (int bit = 1; bit < TILE / 8; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
-  // 32512 = 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN or Inf and so every output NaN.
-  float scale = most * (1.f / 32512.f);
+  // 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN or Inf and so every output NaN.
+  constexpr int MOST = PLANES == 2 ? 127 * 256 : 127;
+  float scale = most * (1.f / MOST);
   float inverse = scale > 0.f ? 1.f / scale : 0.f;
   int q[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), 32512), -32512);
+  for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), MOST), -MOST);
   if (k >= IN_PADDED || (tile >= 0 && k / TILE != tile)) return;
   u32 l[2], h[2];
 #pragma unroll
@@ -431,8 +433,8 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* hi
     l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
-  *(uint2*)(high + k) = make_uint2(h[0], h[1]);
-  *(uint2*)(low + k) = make_uint2(l[0], l[1]);
+  *(uint2*)(planes + k) = PLANES == 2 ? make_uint2(h[0], h[1]) : make_uint2(l[0], l[1]);
+  if (PLANES == 2) *(uint2*)(planes + pitch + k) = make_uint2(l[0], l[1]);
   if (k % TILE == 0) scales[k / TILE] = scale;
 }
 
@@ -444,10 +446,10 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
   int item = blockIdx.x * 8 + threadIdx.x / 32;
   if (item >= CHUNKS * p.tokens) return;
   int token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
-  u8* high = p.planes + (i64)(2 * token) * IN_PADDED;
+  u8* planes = p.planes + (i64)(PLANES * token) * IN_PADDED;
   float v[8];
   scaled_inputs(p, token, k, v);
-  transform(v, k, -1, high, high + IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  transform(v, k, -1, planes, IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -499,10 +501,12 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
   if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
 
-// total[nt][row half] += weight_scale * s * (256 high + low) of one tile of one pass.
+static constexpr int OF_LANE = 2 / PLANES;  // tokens of a column tile whose sums one lane holds
+
+// total[nt][row half][token] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
 __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& unit, const u8* const* columns,
-                                              const float* x_scale, float (*total)[2]) {
+                                              const float (*x_scale)[OF_LANE], float (*total)[2][OF_LANE]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
 #pragma unroll
@@ -535,9 +539,13 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
   }
   float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
 #pragma unroll
-  for (int n = 0; n < NT; n++) {  // 256 * 128^3 < 2^30
-    total[n][0] = fmaf(s0 * x_scale[n], (float)(256 * c[n][0] + c[n][1]), total[n][0]);
-    total[n][1] = fmaf(s1 * x_scale[n], (float)(256 * c[n][2] + c[n][3]), total[n][1]);
+  for (int n = 0; n < NT; n++) {
+#pragma unroll
+    for (int i = 0; i < OF_LANE; i++) {  // 256 * 128^3 < 2^30
+      int upper = PLANES == 2 ? 256 * c[n][0] + c[n][1] : c[n][i], lower = PLANES == 2 ? 256 * c[n][2] + c[n][3] : c[n][2 + i];
+      total[n][0][i] = fmaf(s0 * x_scale[n][i], (float)upper, total[n][0][i]);
+      total[n][1][i] = fmaf(s1 * x_scale[n][i], (float)lower, total[n][1][i]);
+    }
   }
   if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(tables, unit, columns, x_scale, total);
 }
@@ -684,7 +692,7 @@ __device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit&
 
 // T(x) of a CTA's inputs in shared memory.
 struct Inputs {
-  u8* planes;     // [tokens][2][PITCH]
+  u8* planes;     // [tokens][PLANES][PITCH]
   float* scales;  // [tokens][RANK_TILES]
 };
 
@@ -711,13 +719,13 @@ __device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& 
   meanwhile();
 #pragma unroll 1
   while (i < items) {
-    u8* high = to.planes + 2 * token * PITCH - rank * RANK_IN;
+    u8* planes = to.planes + PLANES * token * PITCH - rank * RANK_IN;
     int now = token, now_tile = tile, now_k = k;
     float w[8];
     i += step;
     locate(i, token, tile, k);
     scaled_inputs(p, token, k, w);
-    transform(v, now_k, now_tile, high, high + PITCH, to.scales + now * RANK_TILES - rank * RANK_TILES);
+    transform(v, now_k, now_tile, planes, PITCH, to.scales + now * RANK_TILES - rank * RANK_TILES);
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = w[j];
   }
@@ -732,17 +740,17 @@ __device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, i
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) {
 #if CLUSTER > SPLIT  // each CTA brings its share to all
-    for (int i = threadIdx.x * CLUSTER + blockIdx.x % CLUSTER; i < 2 * p.tokens; i += 32 * CLUSTER)
+    for (int i = threadIdx.x * CLUSTER + blockIdx.x % CLUSTER; i < PLANES * p.tokens; i += 32 * CLUSTER)
       copy_bulk_to_all(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED, IN_PADDED, arrived);
 #else
-    for (int i = threadIdx.x; i < 2 * p.tokens; i += 32)
+    for (int i = threadIdx.x; i < PLANES * p.tokens; i += 32)
       copy_bulk(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED + rank * RANK_IN, RANK_IN, arrived);
 #endif
   }
 #else
   constexpr int PIECES = RANK_IN / 16;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < PIECES * 2 * p.tokens; i += WARPS * 32)
+  for (int i = threadIdx.x; i < PIECES * PLANES * p.tokens; i += WARPS * 32)
     *(uint4*)(to.planes + i / PIECES * PITCH + 16 * (i % PIECES)) =
         *(const uint4*)(p.planes + (i64)(i / PIECES) * IN_PADDED + rank * RANK_IN + 16 * (i % PIECES));
 #endif
@@ -774,7 +782,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   int outputs = 16 * p.tokens;  // of one strip
   Inputs inputs;
   inputs.planes = (u8*)(sums + 2 * p.batch * WARPS * outputs);
-  inputs.scales = (float*)(inputs.planes + 2 * p.tokens * PITCH);
+  inputs.scales = (float*)(inputs.planes + PLANES * p.tokens * PITCH);
   int strips = (p.out + 15) / 16, sets = (strips + STRIPS - 1) / STRIPS;
   auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
   auto has = [&](int turn) { return RANK_TILES % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TILES; };
@@ -783,7 +791,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   if (threadIdx.x == 0) {
     barrier_init(arrived, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(arrived, 2 * p.tokens * RANK_IN);
+    barrier_expect(arrived, PLANES * p.tokens * RANK_IN);
   }
   __syncwarp();
 #endif
@@ -826,11 +834,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
-  const float* x_scales[NT];
+  const float* x_scales[NT][OF_LANE];
+  auto token_of = [&](int n, int i) { return (4 * n + t) * OF_LANE + i; };
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = inputs.planes + min(8 * n + g, 2 * p.tokens - 1) * PITCH + t * LANE + share * TILE;
-    x_scales[n] = inputs.scales + min(4 * n + t, p.tokens - 1) * RANK_TILES + share;
+    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * LANE + share * TILE;
+#pragma unroll
+    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share;
   }
   // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
   constexpr int PARTS = SPLIT * SHARE;
@@ -842,9 +852,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   int buffer = 0, pending = 0, slot = 0;
 #pragma unroll 1
   for (int set = cluster; set < sets; set += clusters) {
-    float total[NT][2];
+    float total[NT][2][OF_LANE];
 #pragma unroll
-    for (int n = 0; n < NT; n++) total[n][0] = total[n][1] = 0.f;
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+      for (int i = 0; i < OF_LANE; i++) total[n][0][i] = total[n][1][i] = 0.f;
+    }
     int row = first_row(set * STRIPS + lot);
 #pragma unroll UNROLL
     for (int turn = 0; turn < TURNS; turn++) {
@@ -857,18 +870,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       slot = slot + 1 == RING ? 0 : slot + 1;
       if (has(turn)) {
         const u8* at[NT];
-        float x_scale[NT];
+        float x_scale[NT][OF_LANE];
 #pragma unroll
-        for (int n = 0; n < NT; n++) at[n] = column[n] + turn * ACROSS, x_scale[n] = x_scales[n][turn * SHARE];
+        for (int n = 0; n < NT; n++) {
+          at[n] = column[n] + turn * ACROSS;
+#pragma unroll
+          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][turn * SHARE];
+        }
         multiply_pass<0>(words, unit, at, x_scale, total);
       }
     }
     u32 to = sums_at + (buffer * p.batch + pending) * (WARPS * 4) * outputs;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      if (4 * n + t < p.tokens) {
-        store_shared(to + (4 * n + t) * 64, total[n][0]);
-        store_shared(to + (4 * n + t) * 64 + 32, total[n][1]);
+#pragma unroll
+      for (int i = 0; i < OF_LANE; i++) {
+        if (token_of(n, i) < p.tokens) {
+          store_shared(to + token_of(n, i) * 64, total[n][0][i]);
+          store_shared(to + token_of(n, i) * 64 + 32, total[n][1][i]);
+        }
       }
     }
     pending++;
