@@ -7,7 +7,8 @@ more of weights below 6 bits, to 8:
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
-TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits, fp8 rounds T(x) and V of long inputs to e4m3; docs/kernels.md states the price.
+TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits, fp8 rounds T(x) and V of long inputs to e4m3; docs/kernels.md states what
+that costs.
 Nothing here asks the GPU anything before the first call.
 """
 
