@@ -3,7 +3,7 @@
 Few tokens: one launch that transforms x, decodes and multiplies (see the head of linear.cu). Many tokens:
 y = x dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than one slice in memory.
 T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
-more of weights below 6 bits, to 8:
+more of 16-bit inputs and weights below 6 bits, to 8:
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
@@ -35,7 +35,8 @@ from tqw.kernels import gpu
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100); twice as many in one plane
+_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_NARROW_TOKENS = 32  # up to here where T(x) is one plane, of few inputs, and outputs are few too
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
@@ -378,7 +379,8 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
-    planes = 2 if sum(qw.bits) >= 6 or _activations() == "exact" else 1
+    coarse = sum(qw.bits) < 6 and dtype != torch.float32 and _activations() != "exact"
+    planes = 1 if coarse else 2
     return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes)
 
 
@@ -407,12 +409,14 @@ class _Plan:
         return self.plane_bytes + 4 * self.scale_count + order
 
 
-def _shares(tiles: int, strips: int) -> tuple[int, int]:
-    """Warps of a CTA, about 16, and how many of them share the tiles of each of its `strips` evenly."""
-    if strips == 1 and tiles <= 20:
+def _shares(tiles: int, strips: int, warps: int = 16) -> tuple[int, int]:
+    """Warps of a CTA, about so many, and how many of them share the tiles of each of its `strips` evenly."""
+    most = warps * 5 // 4
+    if strips == 1 and tiles <= most:
         return tiles, tiles
-    turns = {share: -(-tiles // share) for share in range(1, 21) if 8 <= share * strips <= 20 and share <= tiles}
-    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16), default=tiles)
+    shares = (share for share in range(1, tiles + 1) if warps // 2 <= share * strips <= most)
+    turns = {share: -(-tiles // share) for share in shares}
+    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - warps), default=tiles)
     return share * strips, share
 
 
@@ -425,11 +429,13 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     # one launch, unless it takes too long to transform all inputs in every CTA
     fused = base.experts or (tokens <= 2 and not wide) or (tokens == 1 and split == 2)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    warps, share = _shares(tiles // split, split)
+    warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8)
     planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
-    ring = 4 if tokens * planes <= 8 or (many and tokens * planes <= 16) else 2
+    ring = 4 if tokens <= 4 or (many and tokens <= 8) else 2
     if wide:
         ring = 2 if fused else 3 if split == 2 else 6
+    if planes == 1:
+        ring = (4 if many else 3) if tokens <= 8 else 2 if tokens <= _DECODE_TOKENS else 3
     return replace(
         base,
         planes=planes,
@@ -453,8 +459,6 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
     pairs: so many times one token, each with an expert of its own.
     """
     limit = device.shared_bytes
-    if tokens > _DECODE_TOKENS and variant.shared_bytes(tokens, 1) > limit:
-        return None  # a shorter ring would be slower than middle.cu
     while variant.shared_bytes(tokens, 1) > limit:
         if variant.ring == 1:
             return None
@@ -607,7 +611,8 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, device:
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    if tokens <= _DECODE_TOKENS * (2 // base.planes):
+    narrow = base.planes == 1 and base.padded_in <= 64 * base.tile and out <= 96 * device.multiprocessors
+    if tokens <= (_NARROW_TOKENS if narrow else _DECODE_TOKENS):
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
