@@ -471,14 +471,22 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
     batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
     shared, ctas = variant.shared_bytes(tokens, batch), across * variant.split
     if ctas * pairs <= device.multiprocessors:
-        # too much for two: the kernel before may still hold a multiprocessor, and two CTAs on one take twice as long
-        shared = max(shared, limit // 2 + 1024)
+        shared = max(shared, _to_spread(ctas * pairs, device))
     decode = _Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
     items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile
     transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
     return _Plan(variant.planes * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
+
+
+def _to_spread(ctas: int, device: _Device) -> int:
+    """Dynamic shared memory with which no multiprocessor takes more CTAs than the even share of them.
+
+    Without it some take two where one is the share, while others are held by the kernel before or not in a cluster's
+    reach, and two CTAs on one take twice as long."""
+    share = -(-ctas // device.multiprocessors)
+    return (device.shared_bytes + 1024) // (share + 1)
 
 
 @lru_cache(maxsize=512)
@@ -541,7 +549,8 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
     ctas = variant.spread
     spread = _Launch(_function(variant, "tqw_spread", device), (tokens * ctas, 1), 256, 0, device, ctas)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
-    product = _Launch(function, grid, threads, variant.ring_bytes(), device, variant.split)
+    shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
+    product = _Launch(function, grid, threads, shared, device, variant.split)
     return _Plan(2 * blocks * variant.columns * variant.padded_in, tokens, (spread, product))
 
 

@@ -217,9 +217,10 @@ static_assert(splits(4), "decode_halves");
 struct Tables {
   u32 a, b, keep;
 };
-__device__ __forceinline__ Tables tables() {  // threadIdx.z is 0
-  if (HALVES) return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z, 0u};
-  return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() ^ threadIdx.z, 0x32103210u ^ threadIdx.z};
+template <u32 FLIP = 0>
+__device__ __forceinline__ Tables tables(u32 zero) {  // threadIdx.z is 0
+  if (HALVES) return {table_word<4, 0>() ^ zero, table_word<4, 8>() + 0x01010101u ^ zero, 0u};
+  return {table_word<4, 0>() ^ FLIP ^ zero, table_word<4, 8>() ^ FLIP ^ zero, 0x32103210u ^ zero};
 }
 // `decode` of 4 bits as a sum, for less work: a permute whose selector has bit 3 set gives 8 times the sign of the byte.
 // Codes below 8, with negative levels, are looked up by `a`, which makes -1 of the others; these are looked up, one more
@@ -230,9 +231,10 @@ __device__ __forceinline__ void decode_halves(const Tables& tables, u32 q, u32* 
   low[0] = permute(tables.a, LOWER, q), high[0] = permute(tables.b, UPPER, other);
   low[2] = permute(tables.a, LOWER, q >> 16), high[2] = permute(tables.b, UPPER, other >> 16);
 }
-// `decode` of 4 bits with the words of `tables`.
+// `decode` of 4 bits with the words of `tables`; FLIP: bits to be inverted in all levels.
+template <u32 FLIP = 0>
 __device__ __forceinline__ void decode_whole(const Tables& tables, u32 q, u32* levels) {
-  constexpr u32 LOWER = table_word<4, 4>(), UPPER = table_word<4, 12>();
+  constexpr u32 LOWER = table_word<4, 4>() ^ FLIP, UPPER = table_word<4, 12>() ^ FLIP;
   u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, tables.keep);
   levels[0] = permute(permute(tables.a, LOWER, low), permute(tables.b, UPPER, low), top);
   levels[2] = permute(permute(tables.a, LOWER, low >> 16), permute(tables.b, UPPER, low >> 16), top >> 16);
@@ -848,7 +850,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #if SPLIT > 1
   sums_at = address_of_rank(sums_at, lot % SPLIT);
 #endif
-  const Tables words = tables();
+  const Tables words = tables(threadIdx.z);
   int buffer = 0, pending = 0, slot = 0;
 #pragma unroll 1
   for (int set = cluster; set < sets; set += clusters) {

@@ -230,41 +230,48 @@ __device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
 __device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
   asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-// Four int8 levels times a scale (twice in one register): two registers of fp16 pairs.
-__device__ __forceinline__ void to_half(u32 levels, u32 scale, u32& low, u32& high) {
-  u32 biased = levels ^ 0x80808080u;  // 0x6400 | byte is 1024 + byte
+static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
+
+// Four biased levels times a scale (twice in one register): two registers of fp16 pairs. 0x6400 | byte is 1024 + byte.
+__device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& high) {
   low = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
   high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
 }
 
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
-__device__ __forceinline__ void prepare(const Unit& unit, int half, u32 (*a)[4]) {
+__device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, int half, u32 (*a)[4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     u32 scale = unit.scales[h][I] * 0x10001u;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-      u32 low, high;
-      decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, low, high);
-      to_half(low, scale, a[2 * s][h], a[2 * s][h + 2]);
-      to_half(high, scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
+      u32 biased[3];
+      if constexpr (B == 4) {
+        decode_whole<BIAS>(tables, unit.codes[h][FIRST + 2 * half + s], biased);
+      } else {
+        decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
+        biased[0] ^= BIAS, biased[2] ^= BIAS;
+      }
+      to_half(biased[0], scale, a[2 * s][h], a[2 * s][h + 2]);
+      to_half(biased[2], scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
     }
   }
 }
 
 // Issues half a tile of pass I and of the passes after it; two sets of A take turns, so that decoding the next overlaps.
 template <int I>
-__device__ __forceinline__ void multiply_half(const Unit& unit, int half, u64 b, float* d, u32 (*a)[4][4]) {
-  prepare<I>(unit, half, a[half]);
+__device__ __forceinline__ void multiply_half(const Tables& tables, const Unit& unit, int half, u64 b, float* d,
+                                              u32 (*a)[4][4]) {
+  prepare<I>(tables, unit, half, a[half]);
   fence_sums();
 #pragma unroll
   for (int s = 0; s < 4; s++) multiply_async(d, a[half][s], b + 2 * s);
   commit_products();
   if constexpr (I + 1 < PASSES) {
     wait_products<0>();
-    multiply_half<I + 1>(unit, half, b, d, a);
+    multiply_half<I + 1>(tables, unit, half, b, d, a);
   }
 }
 
@@ -339,27 +346,27 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) d[i] = 0.f;
   u32 a[2][4][4];
+  const Tables words = tables<BIAS>(COLUMNS >= 128 && MIN_CTAS > 1 ? 0 : threadIdx.z);  // 0: no registers left for them
   int stage = 0, parity = 0, tile = begin;
-  int last_stage = -1, last_parity = 0;  // of the tile before, whose products may still run
+  // A stage is filled again LAG tiles after its own, when the slowest warp is likely to be done with it.
+  constexpr int LAG = STAGES >= 4 ? 2 : 1;
   auto work = [&](Unit& unit) {
     barrier_wait(full + 8 * stage, parity);
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
-    multiply_half<0>(unit, 0, b, d, a);
-    wait_products<1>();  // the tile before is done: refill its stage
-    if (last_stage >= 0) {
-      if (lane == 0) barrier_arrive(empty + 8 * last_stage);
-      int next = tile - 1 + STAGES;
-      if (threadIdx.x == 0 && next < end) {
-        barrier_wait(empty + 8 * last_stage, last_parity);
-        barrier_expect(full + 8 * last_stage, STAGE_BYTES);
-        copy_bulk(stage0 + last_stage * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * last_stage);
-      }
-      __syncwarp();
+    multiply_half<0>(words, unit, 0, b, d, a);
+    wait_products<1>();  // the tile before is done
+    if (tile > begin && lane == 0) barrier_arrive(empty + 8 * (stage ? stage - 1 : STAGES - 1));
+    int next = tile - LAG + STAGES;
+    if (threadIdx.x == 0 && tile >= begin + LAG && next < end) {
+      int free = stage < LAG ? stage - LAG + STAGES : stage - LAG;
+      barrier_wait(empty + 8 * free, stage < LAG ? parity ^ 1 : parity);
+      barrier_expect(full + 8 * free, STAGE_BYTES);
+      copy_bulk(stage0 + free * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * free);
     }
-    multiply_half<0>(unit, 1, b + COLUMNS * 128 / 16, d, a);
+    __syncwarp();
+    multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
     wait_products<1>();
     load_pass<0>(p, unit, row0, row1, min(tile + 2, end - 1) * TILE, t);
-    last_stage = stage, last_parity = parity;
     if (++stage == STAGES) stage = 0, parity ^= 1;
     return ++tile < end;
   };
