@@ -503,44 +503,63 @@ def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int
 def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
     """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
 
-    Measured on one H100. One CTA should meet all tokens, up to 256, and the CTAs should come in whole waves."""
+    Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    units, most_split = device.multiprocessors, max(1, base.padded_in // 256)
-    wide = base.padded_in > 8192
-    if wide and tokens <= 128:
+    if base.padded_in > 8192 and tokens <= 128:
         base = replace(base, spread=8)
-    blocks = -(-tokens // 256)
+    units, blocks = device.multiprocessors, -(-tokens // 256)
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
-    few = blocks == 1 and groups * 2 <= units
-    columns = next(c for c in (32, 64, 128, 192, 256) if c >= -(-tokens // blocks))
     if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
         return None  # the last wave would be too thin
-    if not few and 64 < tokens <= 96:
-        columns = 96
-        if groups <= 2 * units:
-            return replace(base, columns=columns, split=2 if most_split > 1 else 1, stages=4)
-
-    def split(rows: int, ctas: float) -> int:
-        return next(s for s in (8, 4, 2, 1) if s == 1 or (groups // rows * s <= ctas and s <= most_split))
-
-    if wide and tokens <= 32 and split(1, 4 * units) == 8:  # T(x) is read by many: no more of it than there is
-        return replace(base, columns=next(c for c in (8, 16, 32) if c >= tokens), split=8)
-    if columns == 64 and few and most_split > 1:
-        return replace(base, columns=64, split=2, stages=8)
-    if columns <= 64 and split(1, 2 * units) >= 4:
-        return replace(base, columns=64, warpgroups=1, split=split(1, 2 * units), stages=4)
-    if columns <= 64:
-        narrow = next((s for s in (1, 2, 4, 8) if groups // 2 * s >= 1.3 * units and s <= most_split), most_split)
-        split_2 = next(s for s in (8, 4, 2, 1) if s <= narrow)
-        return replace(base, columns=columns, warpgroups=2, split=split_2, stages=4 if columns == 32 else 2)
-    if few:
-        return replace(base, columns=columns, split=split(1, units), stages=4 if columns == 128 else 3)
-    split_2 = split(2, units)
+    least = 8 if base.padded_in > 8192 else 32
+    columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
+    few = groups <= units
+    warpgroups = (2,) if not few else (1,) if columns <= 64 else (2, 1)
+    divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
+    best = min(divisions, key=lambda division: division.cost)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
-    pair = columns == 128 and split_2 == 1 and sum(base.bits) <= 4
-    stages = 3 if pair else 4 if columns == 128 else 2
-    return replace(base, columns=columns, warpgroups=2, split=split_2, stages=stages, min_ctas=2 if pair else 1)
+    pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
+    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and not few)) else 3 if pair else 4
+    return replace(
+        base,
+        columns=columns,
+        warpgroups=best.warpgroups,
+        split=best.split,
+        stages=max(2, min(most, device.shared_bytes // (best.ctas * (columns * 256 + 16)))),
+        min_ctas=2 if pair else 1,
+    )
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How CTAs of the middle kernel share its work."""
+
+    warpgroups: int
+    split: int
+    ctas: int  # of a multiprocessor at once
+    cost: float  # in tiles of 64 rows on a multiprocessor that is full of warps
+
+
+def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _Device) -> _Division:
+    """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
+    tiles = base.padded_in // base.tile
+    registers, memory = min(64 + columns, 255), max(2 * columns * 256, columns * (64 * warpgroups + 4) * 4) + 1024
+    fit = max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
+
+    def division(split: int) -> _Division:
+        # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
+        reach = device.multiprocessors * (1 if split <= 2 else 0.9)
+        ctas = int(-(-groups * split // reach))
+        warps = 4 * warpgroups * min(ctas, fit)
+        waits = (0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0) * (
+            64 / max(64, columns)
+        ) ** 0.5
+        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
+        cost = ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding
+        return _Division(warpgroups, split, min(ctas, fit), cost if split == 1 or ctas <= fit else float("inf"))
+
+    return min(map(division, range(1, min(8, tiles // 2 or 1) + 1)), key=lambda division: division.cost)
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:

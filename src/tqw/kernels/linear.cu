@@ -218,9 +218,9 @@ struct Tables {
   u32 a, b, keep;
 };
 template <u32 FLIP = 0>
-__device__ __forceinline__ Tables tables(u32 zero) {  // threadIdx.z is 0
-  if (HALVES) return {table_word<4, 0>() ^ zero, table_word<4, 8>() + 0x01010101u ^ zero, 0u};
-  return {table_word<4, 0>() ^ FLIP ^ zero, table_word<4, 8>() ^ FLIP ^ zero, 0x32103210u ^ zero};
+__device__ __forceinline__ Tables tables() {  // threadIdx.z is 0
+  if (HALVES) return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z, 0u};
+  return {table_word<4, 0>() ^ FLIP ^ threadIdx.z, table_word<4, 8>() ^ FLIP ^ threadIdx.z, 0x32103210u ^ threadIdx.z};
 }
 // `decode` of 4 bits as a sum, for less work: a permute whose selector has bit 3 set gives 8 times the sign of the byte.
 // Codes below 8, with negative levels, are looked up by `a`, which makes -1 of the others; these are looked up, one more
@@ -850,7 +850,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #if SPLIT > 1
   sums_at = address_of_rank(sums_at, lot % SPLIT);
 #endif
-  const Tables words = tables(threadIdx.z);
+  const Tables words = tables();
   int buffer = 0, pending = 0, slot = 0;
 #pragma unroll 1
   for (int set = cluster; set < sets; set += clusters) {

@@ -231,6 +231,7 @@ __device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
   asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
+static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
 
 // Four biased levels times a scale (twice in one register): two registers of fp16 pairs. 0x6400 | byte is 1024 + byte.
 __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& high) {
@@ -248,7 +249,7 @@ __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, 
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       u32 biased[3];
-      if constexpr (B == 4) {
+      if constexpr (B == 4 && ROOM) {
         decode_whole<BIAS>(tables, unit.codes[h][FIRST + 2 * half + s], biased);
       } else {
         decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
@@ -346,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) d[i] = 0.f;
   u32 a[2][4][4];
-  const Tables words = tables<BIAS>(COLUMNS >= 128 && MIN_CTAS > 1 ? 0 : threadIdx.z);  // 0: no registers left for them
+  const Tables words = tables<BIAS>();
   int stage = 0, parity = 0, tile = begin;
   // A stage is filled again LAG tiles after its own, when the slowest warp is likely to be done with it.
   constexpr int LAG = STAGES >= 4 ? 2 : 1;
@@ -358,15 +359,16 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     if (tile > begin && lane == 0) barrier_arrive(empty + 8 * (stage ? stage - 1 : STAGES - 1));
     int next = tile - LAG + STAGES;
     if (threadIdx.x == 0 && tile >= begin + LAG && next < end) {
-      int free = stage < LAG ? stage - LAG + STAGES : stage - LAG;
-      barrier_wait(empty + 8 * free, stage < LAG ? parity ^ 1 : parity);
+      bool around = stage < LAG;
+      int free = stage - LAG + around * STAGES;
+      barrier_wait(empty + 8 * free, parity ^ around);
       barrier_expect(full + 8 * free, STAGE_BYTES);
       copy_bulk(stage0 + free * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * free);
     }
     __syncwarp();
     multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
     wait_products<1>();
-    load_pass<0>(p, unit, row0, row1, min(tile + 2, end - 1) * TILE, t);
+    load_pass<0>(p, unit, row0, row1, min(tile, end - 3) * TILE + 2 * TILE, t);
     if (++stage == STAGES) stage = 0, parity ^= 1;
     return ++tile < end;
   };
