@@ -514,13 +514,13 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         return None  # the last wave would be too thin
     least = 8 if base.padded_in > 8192 else 32
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
-    few = groups <= units
+    few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
     warpgroups = (2,) if not few else (1,) if columns <= 64 else (2, 1)
     divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
     best = min(divisions, key=lambda division: division.cost)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
-    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and not few)) else 3 if pair else 4
+    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
     return replace(
         base,
         columns=columns,
