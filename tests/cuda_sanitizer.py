@@ -31,7 +31,7 @@ DECODE = [
     (300, 4096),
     (40, 9216),
 ]  # outputs, inputs: one strip, few, a second set, wide
-TOKENS = (1, 2, 4, 8, 16)
+TOKENS = (1, 2, 4, 8, 16, 24)
 MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20)]
 
 
