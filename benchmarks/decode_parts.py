@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64  # places of one program
+VALUES = 1024  # of a row of logits that one program sees
 QUERIES = 16  # rows of a product: the query heads of one key head, and padding
 
 
@@ -149,9 +150,34 @@ def silu_and_multiply(x: Tensor) -> Tensor:
     return y
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """int64 [batch, 1]: in two steps, as torch's own takes a row of a vocabulary in a single block."""
-    size = next(n for n in range(512, 0, -1) if logits.shape[-1] % n == 0)
-    best, at = logits.unflatten(-1, (-1, size)).max(-1)
-    part = best.argmax(-1, keepdim=True)
-    return part * size + at.gather(-1, part)
+@triton.jit
+def _best_of_part(logits, best, at, width, part: tl.constexpr):
+    _begin()
+    row, column = tl.program_id(0), tl.program_id(1) * part + tl.arange(0, part)
+    values = tl.load(logits + row * width + column, column < width, -float("inf")).to(tl.float32)
+    to = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best + to, tl.max(values, 0))
+    tl.store(at + to, tl.program_id(1) * part + tl.argmax(values, 0))
+
+
+@triton.jit
+def _best_part(best, at, ids, position, parts, block: tl.constexpr):
+    _begin()
+    row, part = tl.program_id(0), tl.arange(0, block)
+    values = tl.load(best + row * parts + part, part < parts, -float("inf"))
+    tl.store(ids + row, tl.load(at + row * parts + tl.argmax(values, 0)))
+    if row == 0:
+        tl.store(position, tl.load(position) + 1)
+
+
+def next_token(logits: Tensor, ids: Tensor, position: Tensor) -> None:
+    """ids [batch, 1] = argmax of logits [batch, vocabulary]; position [1] moves on by one.
+
+    In two steps, as torch's own argmax takes a row of a vocabulary in a single block.
+    """
+    rows, width = logits.shape
+    parts = triton.cdiv(width, VALUES)
+    best = torch.empty(rows, parts, device=logits.device)
+    at = torch.empty(rows, parts, device=logits.device, dtype=torch.int64)
+    _best_of_part[(rows, parts)](logits, best, at, width, VALUES, launch_pdl=True)
+    _best_part[(rows,)](best, at, ids, position, parts, triton.next_power_of_2(parts), launch_pdl=True)
