@@ -1,6 +1,7 @@
-"""Times settings of the decode kernel on this GPU, to choose those of `_decode_variant` in kernels/cuda.py.
+"""Times settings of a kernel on this GPU, to choose those of `_decode_variant` or `_middle_variant` in kernels/cuda.py.
 
 python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16] [--only split=4 ...] [-o settings.json]
+python benchmarks/gpu_settings.py --kernel middle --tokens 32 64 128 256 [-o middle.json]
 """
 
 from __future__ import annotations
@@ -34,9 +35,18 @@ LAYOUTS = ((1, 1, 16, 16), (1, 1, 16, 8), (2, 1, 16, 16), (2, 1, 16, 8), (2, 2, 
 CHOICES: dict[str, tuple] = {
     "fused": (True, False), "ring": (2, 3, 4, 6), "early": (1, 9), "unroll": (1, 2), "halves": (True, False),
 }  # fmt: skip
+MIDDLE: dict[str, tuple] = {"warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4)}
 
 
-def candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
+def candidates(kernel: str, tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
+    if kernel == "middle":
+        values = [only.get(name, choice) for name, choice in MIDDLE.items()]
+        yield from (dict(zip(MIDDLE, chosen, strict=True)) for chosen in itertools.product(*values))
+    else:
+        yield from decode_candidates(tokens, only, layouts)
+
+
+def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
     choices = {name: only.get(name, values) for name, values in CHOICES.items()}
     if tokens <= 2 and "halves" not in only:
         choices["halves"] = (True,)
@@ -48,14 +58,28 @@ def candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[
             yield chosen
 
 
-def variant(base: cuda.Variant, tokens: int, chosen: dict[str, Any]) -> cuda.Variant:
-    return replace(base, column_tiles=next(n for n in (1, 2, 4) if 4 * n >= tokens), **chosen)
+def variant(kernel: str, base: cuda.Variant, tokens: int, chosen: dict[str, Any]) -> cuda.Variant:
+    if kernel == "middle":
+        base = replace(base, spread=8 if base.padded_in > 8192 and tokens <= 128 else 1)
+        columns = next(c for c in (32, 64, 96, 128, 192, 256) if c * -(-tokens // 256) >= tokens)
+        return replace(base, columns=columns, **chosen)
+    planes = base.planes if tokens >= cuda._ONE_PLANE_TOKENS else 2
+    column_tiles = next(n for n in (1, 2, 4) if 8 * n >= tokens * planes)
+    return replace(base, planes=planes, column_tiles=column_tiles, **chosen)
 
 
-def compile_all(bases: list[cuda.Variant], tokens: list[int], only: dict[str, tuple], layouts: tuple) -> None:
+def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
+    """Enough shared memory, and enough inputs for the clusters."""
+    return kernel != "middle" or (item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in)
+
+
+def compile_all(
+    kernel: str, bases: list[cuda.Variant], tokens: list[int], only: dict[str, tuple], layouts: tuple
+) -> None:
     """From many threads: the measurements would compile one after the other."""
     device = cuda._device(torch.cuda.current_device())
-    variants = {variant(b, t, c) for b in bases for t in tokens for c in candidates(t, only, layouts)}
+    variants = {variant(kernel, b, t, c) for b in bases for t in tokens for c in candidates(kernel, t, only, layouts)}
+    variants = {item for item in variants if fits(kernel, item, device)}
 
     def compiled(item: cuda.Variant) -> None:
         with suppress(TqwError):  # shares that are not whole
@@ -69,6 +93,7 @@ def compile_all(bases: list[cuda.Variant], tokens: list[int], only: dict[str, tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--kernel", choices=["decode", "middle"], default="decode")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--only", nargs="*", default=[], help="for example ring=2,4 halves=1")
@@ -76,13 +101,14 @@ def main() -> None:
     arguments = parser.parse_args()
     only = {name: tuple(map(int, values.split(","))) for name, values in (item.split("=") for item in arguments.only)}
     layouts = tuple(tuple(map(int, text.split(","))) for text in arguments.layouts or []) or LAYOUTS
+    kernel, settings = arguments.kernel, f"_{arguments.kernel}_variant"
     weights = {}
     for shape in arguments.shapes:
         out_features, in_features = bench.parse_shape(shape)
         weights[shape] = quantize(torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=4))
     bases = [cuda._variant(qw, torch.bfloat16) for qw in weights.values()]
-    compile_all(bases, arguments.tokens, only, layouts)
-    rows = []
+    compile_all(kernel, bases, arguments.tokens, only, layouts)
+    rows, device = [], cuda._device(torch.cuda.current_device())
     for shape, qw in weights.items():
         dense = dequantize(qw).double()
         copies = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
@@ -90,15 +116,20 @@ def main() -> None:
             x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
             exact = functional.linear(x.double(), dense)
             here = []
-            for chosen in [None, *candidates(tokens, only, layouts)]:
+            for chosen in [None, *candidates(kernel, tokens, only, layouts)]:
                 row = {"shape": shape, "tokens": tokens, "chosen": chosen}
                 cuda._plan.cache_clear()
                 cuda._READY.clear()
-                make = lambda base, tokens, out, device, chosen=chosen: variant(base, tokens, chosen)  # noqa: E731
-                patch = mock.patch.object(cuda, "_decode_variant", make if chosen else cuda._decode_variant)
-                limit = mock.patch.object(cuda, "_MIDDLE_TOKENS", 1024 if chosen is None else 0)
+                make = lambda base, t, out, device, c=chosen: variant(kernel, base, t, c)  # noqa: E731
+                patches: dict[str, Any] = {settings: make if chosen else getattr(cuda, settings)}
+                if kernel == "middle":
+                    patches |= {"_DECODE_TOKENS": 0, "_NARROW_TOKENS": 0}
+                elif chosen:
+                    patches |= {"_MIDDLE_TOKENS": 0}
+                if chosen and not fits(kernel, variant(kernel, cuda._variant(qw, x.dtype), tokens, chosen), device):
+                    continue
                 try:
-                    with patch, limit:
+                    with mock.patch.multiple(cuda, **patches):
                         if chosen and cuda._ready(qw, x).plan(tokens) is None:
                             continue
                         y = kernels.linear(x, qw, backend="cuda")
