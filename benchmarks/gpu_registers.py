@@ -20,7 +20,7 @@ from tqw.kernels import cuda
 from tqw.report import document, write_json
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2)
+BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
 LINEARS = {  # the weight, and the tokens of the decode kernel
     "1 token": (BASE, 1),
     "1 token, 3 bits": (replace(BASE, bits=(3,)), 1),
@@ -30,6 +30,8 @@ LINEARS = {  # the weight, and the tokens of the decode kernel
     "1 token, 14336 inputs": (replace(BASE, padded_in=14336), 1),
     "8 tokens": (BASE, 8),
     "16 tokens": (BASE, 16),
+    "16 tokens, 6 bits": (replace(BASE, bits=(6,), planes=2), 16),
+    "32 tokens": (BASE, 32),
 }
 HOPPER = {
     "64 tokens": replace(BASE, columns=64, stages=4),
