@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +36,10 @@ LAYOUTS = ((1, 1, 16, 16), (1, 1, 16, 8), (2, 1, 16, 16), (2, 1, 16, 8), (2, 2, 
 CHOICES: dict[str, tuple] = {
     "fused": (True, False), "ring": (2, 3, 4, 6), "early": (1, 9), "unroll": (1, 2), "halves": (True, False),
 }  # fmt: skip
-MIDDLE: dict[str, tuple] = {"warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4)}
+MIDDLE: dict[str, tuple] = {
+    "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4), "min_ctas": (1,),
+}  # fmt: skip
+PRESENT = {"decode": cuda._decode_variant, "middle": cuda._middle_variant}
 
 
 def candidates(kernel: str, tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
@@ -58,14 +62,12 @@ def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> It
             yield chosen
 
 
-def variant(kernel: str, base: cuda.Variant, tokens: int, chosen: dict[str, Any]) -> cuda.Variant:
-    if kernel == "middle":
-        base = replace(base, spread=8 if base.padded_in > 8192 and tokens <= 128 else 1)
-        columns = next(c for c in (32, 64, 96, 128, 192, 256) if c * -(-tokens // 256) >= tokens)
-        return replace(base, columns=columns, **chosen)
-    planes = base.planes if tokens >= cuda._ONE_PLANE_TOKENS else 2
-    column_tiles = next(n for n in (1, 2, 4) if 8 * n >= tokens * planes)
-    return replace(base, planes=planes, column_tiles=column_tiles, **chosen)
+def variant(
+    kernel: str, chosen: dict[str, Any], base: cuda.Variant, tokens: int, out: int, device: Any
+) -> cuda.Variant | None:
+    """The present variant with other settings; None: the kernel is not for so many tokens."""
+    present = PRESENT[kernel](base, tokens, out, device)
+    return present and replace(present, **chosen)
 
 
 def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
@@ -73,17 +75,12 @@ def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
     return kernel != "middle" or (item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in)
 
 
-def compile_all(
-    kernel: str, bases: list[cuda.Variant], tokens: list[int], only: dict[str, tuple], layouts: tuple
-) -> None:
+def compile_all(variants: set[cuda.Variant], arch: str) -> None:
     """From many threads: the measurements would compile one after the other."""
-    device = cuda._device(torch.cuda.current_device())
-    variants = {variant(kernel, b, t, c) for b in bases for t in tokens for c in candidates(kernel, t, only, layouts)}
-    variants = {item for item in variants if fits(kernel, item, device)}
 
     def compiled(item: cuda.Variant) -> None:
         with suppress(TqwError):  # shares that are not whole
-            cuda.cubin(item, device.arch)
+            cuda.cubin(item, arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, variants))
@@ -101,14 +98,18 @@ def main() -> None:
     arguments = parser.parse_args()
     only = {name: tuple(map(int, values.split(","))) for name, values in (item.split("=") for item in arguments.only)}
     layouts = tuple(tuple(map(int, text.split(","))) for text in arguments.layouts or []) or LAYOUTS
-    kernel, settings = arguments.kernel, f"_{arguments.kernel}_variant"
+    kernel = arguments.kernel
     weights = {}
     for shape in arguments.shapes:
         out_features, in_features = bench.parse_shape(shape)
         weights[shape] = quantize(torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=4))
-    bases = [cuda._variant(qw, torch.bfloat16) for qw in weights.values()]
-    compile_all(kernel, bases, arguments.tokens, only, layouts)
     rows, device = [], cuda._device(torch.cuda.current_device())
+    items = [
+        variant(kernel, chosen, cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
+        for qw, tokens in itertools.product(weights.values(), arguments.tokens)
+        for chosen in candidates(kernel, tokens, only, layouts)
+    ]
+    compile_all({item for item in items if item and fits(kernel, item, device)}, device.arch)
     for shape, qw in weights.items():
         dense = dequantize(qw).double()
         copies = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
@@ -120,14 +121,15 @@ def main() -> None:
                 row = {"shape": shape, "tokens": tokens, "chosen": chosen}
                 cuda._plan.cache_clear()
                 cuda._READY.clear()
-                make = lambda base, t, out, device, c=chosen: variant(kernel, base, t, c)  # noqa: E731
-                patches: dict[str, Any] = {settings: make if chosen else getattr(cuda, settings)}
+                make = partial(variant, kernel, chosen) if chosen else PRESENT[kernel]
+                item = make(cuda._variant(qw, x.dtype), tokens, qw.out_features, device)
+                if item is None or not fits(kernel, item, device):
+                    continue
+                patches: dict[str, Any] = {f"_{kernel}_variant": make}
                 if kernel == "middle":
                     patches |= {"_DECODE_TOKENS": 0, "_NARROW_TOKENS": 0}
                 elif chosen:
                     patches |= {"_MIDDLE_TOKENS": 0}
-                if chosen and not fits(kernel, variant(kernel, cuda._variant(qw, x.dtype), tokens, chosen), device):
-                    continue
                 try:
                     with mock.patch.multiple(cuda, **patches):
                         if chosen and cuda._ready(qw, x).plan(tokens) is None:

@@ -420,10 +420,15 @@ def _shares(tiles: int, strips: int, warps: int = 16) -> tuple[int, int]:
     return share * strips, share
 
 
+def _sizes(base: Variant, out: int, device: _Device) -> tuple[bool, bool]:
+    """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
+    return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
+
+
 def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
     """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
-    many, wide = strips > 6 * device.multiprocessors, tiles > 64
+    many, wide = _sizes(base, out, device)
     clustered = device.clusters and strips >= 8
     split = 2 if clustered and tiles % 2 == 0 and (wide or tokens == 2) else 1
     # one launch, unless it takes too long to transform all inputs in every CTA
@@ -506,13 +511,14 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    if base.padded_in > 8192 and tokens <= 128:
+    _, wide = _sizes(base, out, device)
+    if wide and tokens <= 128:
         base = replace(base, spread=8)
     units, blocks = device.multiprocessors, -(-tokens // 256)
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
     if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
         return None  # the last wave would be too thin
-    least = 8 if base.padded_in > 8192 else 32
+    least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
     few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
     warpgroups = (2,) if not few else (1,) if columns <= 64 else (2, 1)
@@ -547,19 +553,21 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
     registers, memory = min(64 + columns, 255), max(2 * columns * 256, columns * (64 * warpgroups + 4) * 4) + 1024
     fit = max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
 
-    def division(split: int) -> _Division:
+    def each(split: int) -> int:
         # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
-        reach = device.multiprocessors * (1 if split <= 2 else 0.9)
-        ctas = int(-(-groups * split // reach))
-        warps = 4 * warpgroups * min(ctas, fit)
-        waits = (0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0) * (
-            64 / max(64, columns)
-        ) ** 0.5
-        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
-        cost = ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding
-        return _Division(warpgroups, split, min(ctas, fit), cost if split == 1 or ctas <= fit else float("inf"))
+        return int(-(-groups * split // (device.multiprocessors * (1 if split <= 2 else 0.9))))
 
-    return min(map(division, range(1, min(8, tiles // 2 or 1) + 1)), key=lambda division: division.cost)
+    def division(split: int) -> _Division:
+        ctas = each(split)
+        together = min(ctas, fit)
+        warps = 4 * warpgroups * together
+        waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
+        waits *= (64 / max(64, columns)) ** 0.5
+        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
+        return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
+
+    splits = (split for split in range(1, min(8, tiles // 2 or 1) + 1) if split == 1 or each(split) <= fit)
+    return min(map(division, splits), key=lambda division: division.cost)
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
@@ -639,7 +647,7 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, device:
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    narrow = base.planes == 1 and base.padded_in <= 64 * base.tile and out <= 96 * device.multiprocessors
+    narrow = base.planes == 1 and not any(_sizes(base, out, device))
     if tokens <= (_NARROW_TOKENS if narrow else _DECODE_TOKENS):
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
