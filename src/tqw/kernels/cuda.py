@@ -430,17 +430,19 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
     many, wide = _sizes(base, out, device)
     clustered = device.clusters and strips >= 8
-    split = 2 if clustered and tiles % 2 == 0 and (wide or tokens == 2) else 1
+    planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
+    # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
+    whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
+    split = 2 if clustered and tiles % 2 == 0 and wide and not whole else 1
     # one launch, unless it takes too long to transform all inputs in every CTA
-    fused = base.experts or (tokens <= 2 and not wide) or (tokens == 1 and split == 2)
+    fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8)
-    planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
-    ring = 4 if tokens <= 4 or (many and tokens <= 8) else 2
-    if wide:
-        ring = 2 if fused else 3 if split == 2 else 6
-    if planes == 1:
-        ring = (4 if many else 3) if tokens <= 8 else 2 if tokens <= _DECODE_TOKENS else 3
+    ring = 3 if tokens <= 8 or tokens > _DECODE_TOKENS else 2
+    if fused:
+        ring = 2 if wide else 4
+    elif many and not wide and tokens <= 8:
+        ring = 4
     return replace(
         base,
         planes=planes,

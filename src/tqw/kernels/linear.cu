@@ -443,14 +443,22 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
 // T(x) of many tokens, once for all CTAs of the product: one warp for 256 inputs of one token.
 extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_constant__ Params p) {
   allow_next_kernel();
-  wait_for_previous_kernel();
   constexpr int CHUNKS = (IN_PADDED + 255) / 256;
   int item = blockIdx.x * 8 + threadIdx.x / 32;
   if (item >= CHUNKS * p.tokens) return;
   int token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
   u8* planes = p.planes + (i64)(PLANES * token) * IN_PADDED;
   float v[8];
-  scaled_inputs(p, token, k, v);
+#if SCALED
+  float a[8];
+  channel_scales(p, k, a);  // weights need not wait, and come from far off
+#endif
+  wait_for_previous_kernel();
+  load_inputs(p, token * p.x_stride, k, v);
+#if SCALED
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] *= a[i];
+#endif
   transform(v, k, -1, planes, IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
