@@ -98,6 +98,7 @@ class Variant:
     split: int = 1
     warps: int = 16
     share: int = 16
+    pair: int = 1
     ring: int = 1
     early: int = 1
     unroll: int = 1
@@ -118,6 +119,7 @@ class Variant:
             "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
             "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles, "FUSED": int(self.fused),
             "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
+            "PAIR": self.pair,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
@@ -438,11 +440,16 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8)
-    ring = 3 if tokens <= 8 or tokens > _DECODE_TOKENS else 2
-    if fused:
-        ring = 2 if wide else 4
-    elif many and not wide and tokens <= 8:
-        ring = 4
+    # whole blocks for each warp, unless that leaves few warps
+    pair = base.block // base.tile
+    pair = pair if tiles // split % pair == 0 and tiles // split // pair >= warps else 1
+    if pair > 1:
+        warps, share = _shares(tiles // split // pair, split, 16 if tokens <= _DECODE_TOKENS else 8)
+    ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
+    if fused and not many:
+        ring, early = (2, 2) if wide else (4, 1)
+    elif tokens > 8:
+        ring, early = (2, 2) if tokens <= _DECODE_TOKENS else (3, 2)
     return replace(
         base,
         planes=planes,
@@ -452,8 +459,9 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         split=split,
         warps=warps,
         share=share,
+        pair=pair,
         ring=ring,
-        early=1 if fused and not (many or wide) else ring,
+        early=early,
         unroll=2,
         halves=tokens * planes <= 16,
         small=out < 16,

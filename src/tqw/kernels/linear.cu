@@ -21,6 +21,7 @@
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
+// PAIR               tiles side by side that a warp takes together, so that it transforms a whole block for itself
 // RING, EARLY        tiles whose codes a warp has on their way, and those that it asks for before x
 // UNROLL             turns side by side in the loop: its instructions should fit in their cache
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
@@ -313,19 +314,22 @@ __device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, flo
   }
 }
 
-__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) {  // 0 beyond the last
-  if (p.vectors && k + 8 <= p.in) {
-    uint2 q = *(const uint2*)(p.channel + k);
+__device__ __forceinline__ uint2 channel_bytes(const Params& p, int k) {  // 0 beyond the last
+  if (p.vectors && k + 8 <= p.in) return *(const uint2*)(p.channel + k);
+  u32 words[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      u32 byte = (i < 4 ? q.x >> (8 * i) : q.y >> (8 * (i - 4))) & 0xFFu;
-      a[i] = half_to_float((u16)(byte << 8));  // e5m2 is the upper byte of fp16
-    }
-  } else {
+  for (int i = 0; i < 8; i++)
+    if (k + i < p.in) words[i / 4] |= (u32)p.channel[k + i] << (8 * (i % 4));
+  return make_uint2(words[0], words[1]);
+}
+__device__ __forceinline__ void channel_values(uint2 bytes, float* a) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) a[i] = k + i < p.in ? half_to_float((u16)(p.channel[k + i] << 8)) : 0.f;
+  for (int i = 0; i < 8; i++) {
+    u32 byte = (i < 4 ? bytes.x >> (8 * i) : bytes.y >> (8 * (i - 4))) & 0xFFu;
+    a[i] = half_to_float((u16)(byte << 8));  // e5m2 is the upper byte of fp16
   }
 }
+__device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) { channel_values(channel_bytes(p, k), a); }
 
 // H on eight neighbours a lane: three butterfly stages in registers, the others across lanes.
 __device__ __forceinline__ void hadamard(float* v, int lane) {
@@ -351,14 +355,17 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
 }
 
 // a * x of eight inputs.
-__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, float (&v)[8]) {
+__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, uint2 channel, float (&v)[8]) {
   load_inputs(p, token * p.x_stride, k, v);
 #if SCALED
   float a[8];
-  channel_scales(p, k, a);
+  channel_values(channel, a);
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] *= a[i];
 #endif
+}
+__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, float (&v)[8]) {
+  scaled_inputs(p, token, k, channel_bytes(p, k), v);
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -423,7 +430,7 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
   // 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN or Inf and so every output NaN.
   constexpr int MOST = PLANES == 2 ? 127 * 256 : 127;
   float scale = most * (1.f / MOST);
-  float inverse = scale > 0.f ? 1.f / scale : 0.f;
+  float inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
   int q[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), MOST), -MOST);
@@ -449,16 +456,9 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
   int token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
   u8* planes = p.planes + (i64)(PLANES * token) * IN_PADDED;
   float v[8];
-#if SCALED
-  float a[8];
-  channel_scales(p, k, a);  // weights need not wait, and come from far off
-#endif
+  uint2 channel = channel_bytes(p, k);  // weights need not wait, and come from far off
   wait_for_previous_kernel();
-  load_inputs(p, token * p.x_stride, k, v);
-#if SCALED
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] *= a[i];
-#endif
+  scaled_inputs(p, token, k, channel, v);
   transform(v, k, -1, planes, IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
 }
 
@@ -600,9 +600,15 @@ __device__ __forceinline__ Params of_expert(const Params& all) {
 static_assert(TILES % SPLIT == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
 static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  // of one CTA
 static constexpr int STRIPS = WARPS / SHARE;                                   // that a CTA works on at once
-static constexpr int TURNS = (RANK_TILES + SHARE - 1) / SHARE;                 // tiles of a strip that one warp takes
-static constexpr int PITCH = RANK_IN + 16;   // 16: two columns share no bank
-static constexpr int ACROSS = SHARE * TILE;  // inputs from one tile of a warp to its next
+static constexpr int RANK_PAIRS = RANK_TILES / PAIR;
+static constexpr int TURNS = (RANK_PAIRS + SHARE - 1) / SHARE * PAIR;  // tiles of a strip that one warp takes
+static constexpr int PITCH = RANK_IN + 16;                             // 16: two columns share no bank
+static_assert(RANK_TILES % PAIR == 0 && (PAIR == 1 || PAIR * TILE == BLOCK), "pairs are whole blocks");
+
+// Inputs from a warp's first tile to that of a turn.
+__device__ __forceinline__ int across(int turn) {
+  return (PAIR == 1 ? turn * SHARE : turn / PAIR * (SHARE * PAIR) + turn % PAIR) * TILE;
+}
 
 // A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
 // g + 8, and a word for each row that holds its scale.
@@ -639,7 +645,9 @@ struct Place {
 };
 // Number of the group that holds the tile of a turn.
 __device__ __forceinline__ int group_of(int first, int turn) {
-  return ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : (first + turn * ACROSS) / GROUP;
+  if (GROUP == TILE) return first / GROUP + across(turn) / TILE;
+  constexpr int STEP = SHARE * TILE;
+  return PAIR == 1 && STEP % GROUP == 0 ? first / GROUP + turn * (STEP / GROUP) : (first + across(turn)) / GROUP;
 }
 
 // Begin to copy a warp's tile of the strip that begins at `row`. What depends on the lane is a 32-bit offset, which stays
@@ -652,8 +660,8 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
   int lane = place.lane, t = lane & 3;
   const u8* codes = p.packed[I] + row * STRIDE;
   auto offset = [&](int plane) {
-    return LINEAR ? code_offset(B, plane, place.first, t) + turn * (ACROSS / 8 * B)
-                  : code_offset(B, plane, place.first + turn * ACROSS, t);
+    return LINEAR ? code_offset(B, plane, place.first, t) + across(turn) / 8 * B
+                  : code_offset(B, plane, place.first + across(turn), t);
   };
   u32 at = to + staged_bytes(I);
   if constexpr (W0 == 32) {  // eight lanes bring the 128 bytes of a row: two copies ask for 32 bytes of memory twice
@@ -706,36 +714,42 @@ struct Inputs {
   float* scales;  // [tokens][RANK_TILES]
 };
 
+static constexpr int AT_ONCE = 256 / BLOCK;  // items of a token's inputs that a warp transforms side by side
+static constexpr bool ALONE = STRIPS == 1;   // no other warp reads what a warp transforms
+static constexpr int ITEMS = ALONE ? TURNS / PAIR : RANK_PAIRS;  // of a token, for each warp or for all
+
+// What a lane transforms: eight inputs from k on, of whose block only the tile is stored; k = IN_PADDED: nothing.
+struct Item {
+  int token, tile, k;
+};
+__device__ __forceinline__ Item item_of(const Params& p, int rank, int warp, int lane, int i) {
+  constexpr int LANES = BLOCK / 8;
+  int number = i + lane / LANES, token = number / ITEMS, pair = number % ITEMS;
+  if (ALONE) pair = warp + pair * SHARE;
+  bool mine = token < p.tokens && pair < RANK_PAIRS;
+  int tile = rank * RANK_TILES + pair * PAIR;
+  return {mine ? token : 0, PAIR == 1 ? tile : -1, mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED};
+}
+
 // T(x) by the warps that need it: with one strip at a time no other warp reads what a warp writes, and none waits.
-// `meanwhile` begins the copies that need not come before x.
+// `channel`: of the first item; `meanwhile` begins the copies that need not come before x.
 template <class F>
-__device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& to, int rank, int warp, int lane, F meanwhile) {
-  constexpr int AT_ONCE = 256 / BLOCK, LANES = BLOCK / 8;
-  constexpr bool ALONE = STRIPS == 1;
-  int items = ALONE ? TURNS * p.tokens : RANK_TILES * p.tokens;
-  auto locate = [&](int i, int& token, int& tile, int& k) {
-    int item = i + lane / LANES;
-    token = item / (ALONE ? TURNS : RANK_TILES);
-    tile = ALONE ? warp + item % TURNS * SHARE : item % RANK_TILES;
-    bool mine = token < p.tokens && tile < RANK_TILES;
-    if (!mine) token = 0;
-    tile += rank * RANK_TILES;
-    k = mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED;
-  };
-  int step = ALONE ? AT_ONCE : WARPS * AT_ONCE, i = ALONE ? 0 : warp * AT_ONCE, token, tile, k;
+__device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& to, int rank, int warp, int lane,
+                                                 uint2 channel, F meanwhile) {
+  int step = ALONE ? AT_ONCE : WARPS * AT_ONCE, i = ALONE ? 0 : warp * AT_ONCE;
+  Item item = item_of(p, rank, warp, lane, i);
   float v[8];
-  locate(i, token, tile, k);
-  scaled_inputs(p, token, k, v);
+  scaled_inputs(p, item.token, item.k, channel, v);
   meanwhile();
 #pragma unroll 1
-  while (i < items) {
-    u8* planes = to.planes + PLANES * token * PITCH - rank * RANK_IN;
-    int now = token, now_tile = tile, now_k = k;
+  while (i < ITEMS * p.tokens) {
+    u8* planes = to.planes + PLANES * item.token * PITCH - rank * RANK_IN;
+    Item now = item;
     float w[8];
     i += step;
-    locate(i, token, tile, k);
-    scaled_inputs(p, token, k, w);
-    transform(v, now_k, now_tile, planes, PITCH, to.scales + now * RANK_TILES - rank * RANK_TILES);
+    item = item_of(p, rank, warp, lane, i);
+    scaled_inputs(p, item.token, item.k, w);
+    transform(v, now.k, now.tile, planes, PITCH, to.scales + now.token * RANK_TILES - rank * RANK_TILES);
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = w[j];
   }
@@ -746,7 +760,8 @@ __device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& 
 }
 
 // T(x) as tqw_transform has left it.
-__device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived) {
+template <class F>
+__device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived, F meanwhile) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) {
 #if CLUSTER > SPLIT  // each CTA brings its share to all
@@ -766,6 +781,7 @@ __device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, i
 #endif
   for (int i = threadIdx.x; i < RANK_TILES * p.tokens; i += WARPS * 32)
     to.scales[i] = p.plane_scale[(i64)(i / RANK_TILES) * TILES + rank * RANK_TILES + i % RANK_TILES];
+  meanwhile();
   __syncthreads();
 #if __CUDA_ARCH__ >= 900
   barrier_wait(arrived, 0);
@@ -795,7 +811,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   inputs.scales = (float*)(inputs.planes + PLANES * p.tokens * PITCH);
   int strips = (p.out + 15) / 16, sets = (strips + STRIPS - 1) / STRIPS;
   auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
-  auto has = [&](int turn) { return RANK_TILES % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TILES; };
+  auto has = [&](int turn) {
+    return RANK_PAIRS % SHARE == 0 || turn + PAIR < TURNS || share + turn / PAIR * SHARE < RANK_PAIRS;
+  };
   u32 arrived = shared_address(shared + RING * SLOT_BYTES);
 #if !FUSED && __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -808,12 +826,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #if CLUSTER > 1
   cluster_arrive();
 #endif
-#if SCALED && FUSED  // channel scales are the first to be needed, and a long way off
-  for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + rank * RANK_IN + k));
+#if FUSED  // channel scales are the first to be needed, and a long way off
+  uint2 channel = channel_bytes(p, item_of(p, rank, warp, lane, ALONE ? 0 : warp * AT_ONCE).k);
+  if (SCALED && ITEMS * p.tokens > (ALONE ? AT_ONCE : WARPS * AT_ONCE))
+    for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + rank * RANK_IN + k));
 #endif
 
-  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * TILE};
+  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * PAIR * TILE};
   const u8* ring = shared + warp * UNIT_BYTES;
   auto fetch = [&](int slot, int set, int turn) {
     int strip = set * STRIPS + lot;
@@ -836,10 +856,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
 #endif
 #if FUSED
-  transform_inputs(p, inputs, rank, warp, lane, fetch_rest);
+  transform_inputs(p, inputs, rank, warp, lane, channel, fetch_rest);
 #else
-  fetch_rest();
-  copy_inputs(p, inputs, rank, arrived);
+  copy_inputs(p, inputs, rank, arrived, fetch_rest);
 #endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
@@ -848,9 +867,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   auto token_of = [&](int n, int i) { return (4 * n + t) * OF_LANE + i; };
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * LANE + share * TILE;
+    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * LANE + share * PAIR * TILE;
 #pragma unroll
-    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share;
+    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share * PAIR;
   }
   // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
   constexpr int PARTS = SPLIT * SHARE;
@@ -883,9 +902,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         float x_scale[NT][OF_LANE];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-          at[n] = column[n] + turn * ACROSS;
+          at[n] = column[n] + across(turn);
 #pragma unroll
-          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][turn * SHARE];
+          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][across(turn) / TILE];
         }
         multiply_pass<0>(words, unit, at, x_scale, total);
       }
