@@ -4,7 +4,7 @@
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
 The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
-few several wide middle experts dense. Values are not compared: that is what test_cuda.py does.
+few several groups wide middle experts dense. Values are not compared: that is what test_cuda.py does.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ TOKENS = (1, 2, 4, 8, 16, 24)
 MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20)]
 
 
-def weight(out_features: int, in_features: int, bits: Any = "4", experts: int = 0) -> QuantizedWeight:
+def weight(
+    out_features: int, in_features: int, bits: Any = "4", experts: int = 0, group_size: int = 128
+) -> QuantizedWeight:
     shape = (experts, out_features, in_features) if experts else (out_features, in_features)
-    return quantize(torch.randn(shape, device="cuda") * 0.05, QuantConfig(bits=bits))
+    return quantize(torch.randn(shape, device="cuda") * 0.05, QuantConfig(bits=bits, group_size=group_size))
 
 
 def linear(qw: QuantizedWeight, tokens: int, dtype: torch.dtype) -> None:
@@ -62,6 +64,13 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for bits in ("2", "3", "6", "3+2"):
         yield "several", lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
         yield "middle", lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
+    for group_size, bits in product((32, 64), ("3", "4", "8")):
+        for tokens in (1, 5, 40):
+            kind = "middle" if tokens > 16 else "groups"
+            yield (
+                kind,
+                lambda g=group_size, b=bits, t=tokens: linear(weight(40, 512, b, group_size=g), t, torch.float16),
+            )
     for out_features, in_features, tokens in MIDDLE:
         yield "middle", lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.float32)
     for tokens in (2, 30, 200):

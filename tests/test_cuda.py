@@ -39,7 +39,8 @@ def check(
     unit = ROUND_OFF[x.dtype]
     tokens = magnitude.shape[0]
     rounded = 2.0**-11 if middle or 16 < tokens <= 1024 else 2.0**-13
-    tile = min(qw.block, qw.group_size & -qw.group_size)
+    several = qw.block == 128 and qw.group_size in (32, 64)
+    tile = 128 if several else min(qw.block, qw.group_size & -qw.group_size)
     most = 63 if tile < 128 else 32 if qw.padded_in <= 8192 else 16  # tokens of the decode kernel
     if not middle and 5 <= tokens <= most and sum(qw.bits) < 6 and x.dtype != torch.float32:
         rounded = 0.28 / qw.padded_in**0.5
@@ -59,6 +60,18 @@ def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype):
     qw = make(out_features, in_features)
     x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
     check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "3+2"])
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize(("out_features", "in_features"), [(3, 1024), (264, 2048), (40, 9216)])
+def test_several_groups_in_a_tile(bits, group_size, out_features, in_features):
+    qw = make(out_features, in_features, bits=bits, group_size=group_size)
+    for tokens in (1, 2, 7, 16, 30, 130):
+        x = torch.randn(tokens, in_features).cuda().bfloat16()
+        check(kernels.linear(x, qw, backend="cuda"), x, qw)
 
 
 @pytest.mark.gpu

@@ -98,7 +98,6 @@ class Variant:
     split: int = 1
     warps: int = 16
     share: int = 16
-    pair: int = 1
     ring: int = 1
     early: int = 1
     unroll: int = 1
@@ -119,7 +118,6 @@ class Variant:
             "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
             "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles, "FUSED": int(self.fused),
             "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
-            "PAIR": self.pair,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
@@ -136,7 +134,8 @@ class Variant:
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
         """Dynamic shared memory of the decode kernel: ring, barrier, warp sums, planes, plane scales."""
-        ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + 64 for bits in self.bits)
+        scales = 16 * max(4, 2 * self.tile // self.group)
+        ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + scales for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
         of_rank = self.padded_in // self.split
         planes = tokens * (self.planes * (of_rank + 16) + 4 * (of_rank // self.tile))
@@ -381,6 +380,8 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
+    if block == 128 and group in (32, 64):
+        tile = 128  # several groups: as fast as one
     coarse = sum(qw.bits) < 6 and dtype != torch.float32 and _activations() != "exact"
     planes = 1 if coarse else 2
     return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes)
@@ -440,11 +441,6 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8)
-    # whole blocks for each warp, unless that leaves few warps
-    pair = base.block // base.tile
-    pair = pair if tiles // split % pair == 0 and tiles // split // pair >= warps else 1
-    if pair > 1:
-        warps, share = _shares(tiles // split // pair, split, 16 if tokens <= _DECODE_TOKENS else 8)
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
@@ -459,7 +455,6 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         split=split,
         warps=warps,
         share=share,
-        pair=pair,
         ring=ring,
         early=early,
         unroll=2,
@@ -672,6 +667,7 @@ class _Ready:
     def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
         self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
         self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
+        self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
         self.size = dtype.itemsize
         self.plans: dict[int, _Plan | None] = {}
         self.dequantize: dict[int, _Launch] = {}  # by rows
@@ -740,7 +736,7 @@ def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor |
     params.ids = None if ids is None else ids.data_ptr()
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
     if rows not in ready.dequantize:
-        ready.dequantize[rows] = _dequantize_launch(ready.base, rows, ready.device)
+        ready.dequantize[rows] = _dequantize_launch(ready.dense, rows, ready.device)
     ready.dequantize[rows](params)
 
 
@@ -797,7 +793,7 @@ def _many_fp8(x: Tensor, y: Tensor, ready: _Ready, qw: QuantizedWeight, bias: Te
     if ready.fp8_scale is None:
         ready.fp8_scale = _fp8_scale(qw)
     tokens, padded = x.shape[0], ready.padded
-    variant = replace(ready.base, fp8=True)
+    variant = replace(ready.dense, fp8=True)
     inputs = torch.empty(tokens, padded, dtype=torch.float8_e4m3fn, device=x.device)
     input_scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     params = _Params.from_buffer_copy(ready.params)

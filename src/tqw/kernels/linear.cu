@@ -7,8 +7,8 @@
 // sums); the planes of one token are neighbouring columns of B, so one lane holds both sums and 256 high + low is local.
 // One fp32 multiply-add for each (row, token, tile) applies weight_scale * s. Codes become int8 levels by byte permutes.
 //
-// Layout. The stored row-major bytes are read as they are. A tile is TILE = min(group, block, 128) inputs; lane t of
-// a quad covers its codes [t TILE/4, (t+1) TILE/4), eight for each mma step, so the k order of the mma is a
+// Layout. The stored row-major bytes are read as they are. A tile is TILE inputs, a weight scale for SUB of them; lane t
+// of a quad covers their codes [t SUB/4, (t+1) SUB/4), eight for each mma step, so the k order of the mma is a
 // permutation of the inputs that is the identity within a lane: the int8 planes of x need no reordering.
 //
 // BITS       widths of the passes, e.g. 4,4          PASSES    how many
@@ -21,7 +21,6 @@
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
-// PAIR               tiles side by side that a warp takes together, so that it transforms a whole block for itself
 // RING, EARLY        tiles whose codes a warp has on their way, and those that it asks for before x
 // UNROLL             turns side by side in the loop: its instructions should fit in their cache
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
@@ -61,6 +60,8 @@ struct Params {
 static constexpr int WIDTHS[PASSES] = {BITS};
 static constexpr int LANE = TILE / 4;    // codes of one lane in one tile and row
 static constexpr int STEPS = TILE / 32;  // mma steps of one tile
+static constexpr int SUB = GROUP < TILE ? GROUP : TILE, SUBS = TILE / SUB;  // inputs of a tile with one weight scale
+static_assert(SUBS == 1 || TILE == 128, "a tile is one group, a part of one, or two or four groups");
 
 __host__ __device__ constexpr int plane_width(int bits, int plane) {
   return plane == 0 ? (bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits) : bits == 6 ? 2 : 1;
@@ -241,8 +242,9 @@ __device__ __forceinline__ void decode_whole(const Tables& tables, u32 q, u32* l
   levels[2] = permute(permute(tables.a, LOWER, low >> 16), permute(tables.b, UPPER, low >> 16), top >> 16);
 }
 
-// Byte offset within a row of the codes that lane t reads of the tile at input k.
+// Byte offset within a row of the codes t LANE to (t + 1) LANE of the tile at input k.
 __device__ __forceinline__ int code_offset(int bits, int plane, int k, int t) {
+  if (SUBS > 1) k += t * LANE, t = 0;
   int width = plane_width(bits, plane);
   int lane = t * (LANE * width / 8);
   if (plane_count(bits) == 1) return (k >> 3) * width + lane;  // 32 | k
@@ -479,7 +481,7 @@ __host__ __device__ constexpr int words_before(int pass) {
 // What one lane holds of one tile of one strip: its codes of rows g and g + 8, and the two scales, of every pass.
 struct Unit {
   u32 codes[2][words_before(PASSES)];
-  u16 scales[2][PASSES];
+  u16 scales[2][PASSES][SUBS];
 };
 
 template <int BYTES>
@@ -504,9 +506,13 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
   for (int h = 0; h < 2; h++) {
     i64 row = h ? row1 : row0;
     const u8* codes = p.packed[I] + row * STRIDE;
-    load_stream<W0>(unit.codes[h] + FIRST, codes + code_offset(B, 0, k, t));
+    constexpr int OF_GROUP = SUB / 8 * B, ALIGNED = OF_GROUP & -OF_GROUP, AT_ONCE = ALIGNED < W0 ? ALIGNED : W0;
+#pragma unroll
+    for (int i = 0; i < W0; i += AT_ONCE)
+      load_stream<AT_ONCE>(unit.codes[h] + FIRST + i / 4, codes + code_offset(B, 0, k, t) + i);
     if constexpr (COUNT == 2) load_stream<W1>(unit.codes[h] + FIRST + words_of(B, 0), codes + code_offset(B, 1, k, t));
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I]) : "l"(p.scale[I] + row * GROUPS + k / GROUP));
+    int group = (SUBS > 1 ? k + t * LANE : k) / GROUP;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unit.scales[h][I][0]) : "l"(p.scale[I] + row * GROUPS + group));
   }
   if constexpr (I + 1 < PASSES) load_pass<I + 1>(p, unit, row0, row1, k, t);
 }
@@ -519,14 +525,16 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
                                               const float (*x_scale)[OF_LANE], float (*total)[2][OF_LANE]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
-#pragma unroll
-  for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
-  constexpr int AT_ONCE = STEPS < 2 ? 1 : 2;
+  constexpr int OF_SUB = STEPS / SUBS, AT_ONCE = OF_SUB < 2 ? 1 : 2;
 #pragma unroll
   for (int step = 0; step < STEPS; step += AT_ONCE) {
+    if (step % OF_SUB == 0) {
+#pragma unroll
+      for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+    }
     u32 b[NT][2 * AT_ONCE];
 #pragma unroll
-    for (int n = 0; n < NT; n++) read_words<8 * AT_ONCE>(b[n], columns[n] + 8 * step);
+    for (int n = 0; n < NT; n++) read_words<8 * AT_ONCE>(b[n], columns[n] + step / OF_SUB * SUB + step % OF_SUB * 8);
 #pragma unroll
     for (int s = 0; s < AT_ONCE; s++) {
       u32 a[4];
@@ -546,15 +554,16 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
     }
-  }
-  float s0 = half_to_float(unit.scales[0][I]), s1 = half_to_float(unit.scales[1][I]);
+    if ((step + AT_ONCE) % OF_SUB) continue;
+    float s0 = half_to_float(unit.scales[0][I][step / OF_SUB]), s1 = half_to_float(unit.scales[1][I][step / OF_SUB]);
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
+    for (int n = 0; n < NT; n++) {
 #pragma unroll
-    for (int i = 0; i < OF_LANE; i++) {  // 256 * 128^3 < 2^30
-      int upper = PLANES == 2 ? 256 * c[n][0] + c[n][1] : c[n][i], lower = PLANES == 2 ? 256 * c[n][2] + c[n][3] : c[n][2 + i];
-      total[n][0][i] = fmaf(s0 * x_scale[n][i], (float)upper, total[n][0][i]);
-      total[n][1][i] = fmaf(s1 * x_scale[n][i], (float)lower, total[n][1][i]);
+      for (int i = 0; i < OF_LANE; i++) {  // 256 * 128^3 < 2^30
+        int upper = PLANES == 2 ? 256 * c[n][0] + c[n][1] : c[n][i], lower = PLANES == 2 ? 256 * c[n][2] + c[n][3] : c[n][2 + i];
+        total[n][0][i] = fmaf(s0 * x_scale[n][i], (float)upper, total[n][0][i]);
+        total[n][1][i] = fmaf(s1 * x_scale[n][i], (float)lower, total[n][1][i]);
+      }
     }
   }
   if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(tables, unit, columns, x_scale, total);
@@ -600,21 +609,17 @@ __device__ __forceinline__ Params of_expert(const Params& all) {
 static_assert(TILES % SPLIT == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
 static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  // of one CTA
 static constexpr int STRIPS = WARPS / SHARE;                                   // that a CTA works on at once
-static constexpr int RANK_PAIRS = RANK_TILES / PAIR;
-static constexpr int TURNS = (RANK_PAIRS + SHARE - 1) / SHARE * PAIR;  // tiles of a strip that one warp takes
-static constexpr int PITCH = RANK_IN + 16;                             // 16: two columns share no bank
-static_assert(RANK_TILES % PAIR == 0 && (PAIR == 1 || PAIR * TILE == BLOCK), "pairs are whole blocks");
-
-// Inputs from a warp's first tile to that of a turn.
-__device__ __forceinline__ int across(int turn) {
-  return (PAIR == 1 ? turn * SHARE : turn / PAIR * (SHARE * PAIR) + turn % PAIR) * TILE;
-}
+static constexpr int TURNS = (RANK_TILES + SHARE - 1) / SHARE;                 // tiles of a strip that one warp takes
+static constexpr int PITCH = RANK_IN + 16;   // 16: two columns share no bank
+static constexpr int ACROSS = SHARE * TILE;  // inputs from one tile of a warp to its next
 
 // A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
-// g + 8, and a word for each row that holds its scale.
+// g + 8 (with several groups, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
+static constexpr int SCALES_PITCH = SUBS > 2 ? 2 * SUBS : 4;  // bytes
 __host__ __device__ constexpr int staged_bytes(int passes) {
   int total = 0;
-  for (int i = 0; i < passes; i++) total += 64 * (lane_bytes(WIDTHS[i], 0) + lane_bytes(WIDTHS[i], 1) + 1);
+  for (int i = 0; i < passes; i++)
+    total += 64 * (lane_bytes(WIDTHS[i], 0) + lane_bytes(WIDTHS[i], 1)) + 16 * SCALES_PITCH;
   return total;
 }
 static constexpr int UNIT_BYTES = staged_bytes(PASSES), SLOT_BYTES = WARPS * UNIT_BYTES;
@@ -643,11 +648,16 @@ __device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
 struct Place {
   int lane, rows[2], first;
 };
-// Number of the group that holds the tile of a turn.
+// Place of the 16 bytes `chunk` of a row, with several groups to a tile: rows whose pieces would meet in a bank differ.
+template <int B>
+__device__ __forceinline__ int chunk_place(int row, int chunk) {
+  constexpr int CHUNKS = TILE * B / 128;
+  int other = B == 4 ? (SUB == 64 ? row & 2 : row >> 1 & 3) : B == 8 ? (SUB == 64 ? (row & 1) * 4 : (row & 3) * 2) : 0;
+  return row * CHUNKS + (chunk ^ other);
+}
+// Number of the (first) group that holds the tile of a turn.
 __device__ __forceinline__ int group_of(int first, int turn) {
-  if (GROUP == TILE) return first / GROUP + across(turn) / TILE;
-  constexpr int STEP = SHARE * TILE;
-  return PAIR == 1 && STEP % GROUP == 0 ? first / GROUP + turn * (STEP / GROUP) : (first + across(turn)) / GROUP;
+  return ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : (first + turn * ACROSS) / GROUP;
 }
 
 // Begin to copy a warp's tile of the strip that begins at `row`. What depends on the lane is a 32-bit offset, which stays
@@ -660,11 +670,19 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
   int lane = place.lane, t = lane & 3;
   const u8* codes = p.packed[I] + row * STRIDE;
   auto offset = [&](int plane) {
-    return LINEAR ? code_offset(B, plane, place.first, t) + across(turn) / 8 * B
-                  : code_offset(B, plane, place.first + across(turn), t);
+    return LINEAR ? code_offset(B, plane, place.first, t) + turn * (ACROSS / 8 * B)
+                  : code_offset(B, plane, place.first + turn * ACROSS, t);
   };
   u32 at = to + staged_bytes(I);
-  if constexpr (W0 == 32) {  // eight lanes bring the 128 bytes of a row: two copies ask for 32 bytes of memory twice
+  if constexpr (SUBS > 1) {
+    constexpr int CHUNKS = TILE * B / 128;
+#pragma unroll
+    for (int i = 0; i < 16 * CHUNKS; i += 32) {
+      int row = (i + lane) / CHUNKS, chunk = (i + lane) % CHUNKS;
+      u32 from = (SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + (place.first + turn * ACROSS) / 8 * B + chunk * 16;
+      if (16 * CHUNKS % 32 == 0 || row < 16) copy_async<16>(at + chunk_place<B>(row, chunk) * 16, codes + from);
+    }
+  } else if constexpr (W0 == 32) {  // eight lanes bring the 128 bytes of a row: two copies ask for 32 bytes of memory twice
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int row = 4 * i + lane / 8;
@@ -679,10 +697,12 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
       if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (of_row + offset(1)), lane);
     }
   }
-  at += 64 * (W0 + W1) + 32 * t + 4 * (lane >> 2);
+  at += 64 * (W0 + W1) + SCALES_PITCH * (8 * (t & 1) + (lane >> 2));
   u32 number = (t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + group_of(place.first, turn);
   const u16* scales = p.scale[I] + (i64)row * GROUPS;
-  if constexpr (GROUPS % 2 == 0) {  // two scales of one row, at a multiple of 4 bytes
+  if constexpr (SUBS > 1) {
+    if (t < SUBS) copy_async<4>(at + t / 2 * 4, scales + number + t / 2 * 2);
+  } else if constexpr (GROUPS % 2 == 0) {  // two scales of one row, at a multiple of 4 bytes
     if (t < 2) copy_async<4>(at, scales + number / 2 * 2);
   } else if (t < 2) {  // 4 bytes around the scale of one row; none after the last scale is read
     i64 scale = (i64)(scales + number);
@@ -690,6 +710,23 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
                  : "memory");
   }
   if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to, row, turn, place);
+}
+// Lane t's codes of a row, of one plane and all groups of the tile.
+template <int B, int PLANE>
+__device__ __forceinline__ void read_pieces(u32* words, const u8* rows, int row, int t) {
+  constexpr int BYTES = lane_bytes(B, PLANE) / SUBS, BEFORE = PLANE ? SUB / 8 * plane_width(B, 0) : 0;
+#pragma unroll
+  for (int s = 0; s < SUBS; s++) {
+    int at = s * (SUB / 8) * B + BEFORE + t * BYTES;
+    const u8* from = rows + chunk_place<B>(row, at / 16) * 16 + at % 16;
+    if constexpr (BYTES >= 4) {
+      read_words<BYTES>(words + s * (BYTES / 4), from);
+    } else {
+      u32 piece, &word = words[s * BYTES / 4];
+      read_words<BYTES>(&piece, from);
+      word = s * BYTES % 4 ? word | piece << (s * BYTES % 4 * 8) : piece;
+    }
+  }
 }
 // What stage_turn has brought.
 template <int I>
@@ -699,11 +736,22 @@ __device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit&
   const u8* mine = from + staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
+    if constexpr (SUBS > 1) {
+      int row = (place.lane >> 2) + 8 * h, t = place.lane & 3;
+      read_pieces<B, 0>(unit.codes[h] + FIRST, mine, row, t);
+      if constexpr (W1 > 0) read_pieces<B, 1>(unit.codes[h] + FIRST + words_of(B, 0), mine, row, t);
+#pragma unroll
+      for (int s = 0; s < SUBS; s += 2) {
+        u32 both = *(const u32*)(mine + 64 * (W0 + W1) + SCALES_PITCH * row + 2 * s);
+        unit.scales[h][I][s] = (u16)both, unit.scales[h][I][SUBS > 1 ? s + 1 : 0] = (u16)(both >> 16);
+      }
+      continue;
+    }
     read_words<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0 + place.lane * W0);
     if constexpr (W1 > 0) read_words<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1 + place.lane * W1);
     int number = group_of(place.first, turn);
     if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (row + place.rows[h]) * GROUPS;
-    unit.scales[h][I] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (place.lane >> 2) + 2 * (number & 1));
+    unit.scales[h][I][0] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (place.lane >> 2) + 2 * (number & 1));
   }
   if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, turn, place);
 }
@@ -716,7 +764,7 @@ struct Inputs {
 
 static constexpr int AT_ONCE = 256 / BLOCK;  // items of a token's inputs that a warp transforms side by side
 static constexpr bool ALONE = STRIPS == 1;   // no other warp reads what a warp transforms
-static constexpr int ITEMS = ALONE ? TURNS / PAIR : RANK_PAIRS;  // of a token, for each warp or for all
+static constexpr int ITEMS = ALONE ? TURNS : RANK_TILES;  // of a token, for each warp or for all
 
 // What a lane transforms: eight inputs from k on, of whose block only the tile is stored; k = IN_PADDED: nothing.
 struct Item {
@@ -724,11 +772,10 @@ struct Item {
 };
 __device__ __forceinline__ Item item_of(const Params& p, int rank, int warp, int lane, int i) {
   constexpr int LANES = BLOCK / 8;
-  int number = i + lane / LANES, token = number / ITEMS, pair = number % ITEMS;
-  if (ALONE) pair = warp + pair * SHARE;
-  bool mine = token < p.tokens && pair < RANK_PAIRS;
-  int tile = rank * RANK_TILES + pair * PAIR;
-  return {mine ? token : 0, PAIR == 1 ? tile : -1, mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED};
+  int item = i + lane / LANES, token = item / ITEMS, tile = ALONE ? warp + item % ITEMS * SHARE : item % ITEMS;
+  bool mine = token < p.tokens && tile < RANK_TILES;
+  tile += rank * RANK_TILES;
+  return {mine ? token : 0, tile, mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED};
 }
 
 // T(x) by the warps that need it: with one strip at a time no other warp reads what a warp writes, and none waits.
@@ -811,9 +858,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   inputs.scales = (float*)(inputs.planes + PLANES * p.tokens * PITCH);
   int strips = (p.out + 15) / 16, sets = (strips + STRIPS - 1) / STRIPS;
   auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
-  auto has = [&](int turn) {
-    return RANK_PAIRS % SHARE == 0 || turn + PAIR < TURNS || share + turn / PAIR * SHARE < RANK_PAIRS;
-  };
+  auto has = [&](int turn) { return RANK_TILES % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TILES; };
   u32 arrived = shared_address(shared + RING * SLOT_BYTES);
 #if !FUSED && __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -833,7 +878,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + rank * RANK_IN + k));
 #endif
 
-  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * PAIR * TILE};
+  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * TILE};
   const u8* ring = shared + warp * UNIT_BYTES;
   auto fetch = [&](int slot, int set, int turn) {
     int strip = set * STRIPS + lot;
@@ -867,9 +912,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   auto token_of = [&](int n, int i) { return (4 * n + t) * OF_LANE + i; };
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * LANE + share * PAIR * TILE;
+    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * (SUB / 4) + share * TILE;
 #pragma unroll
-    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share * PAIR;
+    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share;
   }
   // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
   constexpr int PARTS = SPLIT * SHARE;
@@ -902,9 +947,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         float x_scale[NT][OF_LANE];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-          at[n] = column[n] + across(turn);
+          at[n] = column[n] + turn * ACROSS;
 #pragma unroll
-          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][across(turn) / TILE];
+          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][turn * SHARE];
         }
         multiply_pass<0>(words, unit, at, x_scale, total);
       }
@@ -975,7 +1020,7 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
 #pragma unroll
   for (int tile = 0; tile < BLOCK_TILES; tile++) {
     const Unit& unit = units[tile];
-    float scale[2] = {half_to_float(unit.scales[0][I]), half_to_float(unit.scales[1][I])};
+    float scale[2] = {half_to_float(unit.scales[0][I][0]), half_to_float(unit.scales[1][I][0])};
     float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits, fp16 eleven
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {

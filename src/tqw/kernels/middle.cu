@@ -245,7 +245,7 @@ __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, 
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    u32 scale = unit.scales[h][I] * 0x10001u;
+    u32 scale = unit.scales[h][I][0] * 0x10001u;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       u32 biased[3];
