@@ -35,7 +35,8 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 PEER_TOKENS = (1, 8, 16, 32, 64, 512)
 PEER_SECONDS = 15  # for the products of one peer and shape: some tune themselves for minutes
 FP8_TOKENS = 512  # from here on also with fp8 activations
-GROUP = 128
+GROUP = 128  # inputs that share a weight scale, for us and for peers that let one choose
+OTHER_GROUPS = (64, 32)
 
 
 def _integers(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,23 +92,35 @@ def humming_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
     return layer
 
 
-def fp8_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
-    """The op as TQW_CUDA_ACTIVATIONS=fp8 computes it."""
+def own_row(method: str, qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int, most: float) -> dict[str, Any]:
+    """Our op, as it is set up now; `most`: of relative error."""
     x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
-    weights = [bench.copy_weight(qw) for _ in range(4)]
-    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
-        error = bench.checked_error(
-            "tqw_fp8", kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.05
-        )
-        for weight in weights:
-            kernels.linear(x, weight)  # settles the scale, which cannot be done in a capture
-        each = {"tqw_fp8": [lambda w=w: kernels.linear(x, w) for w in weights]}
-        microseconds = bench.graph_microseconds(each)["tqw_fp8"]
+    weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
+    error = bench.checked_error(method, kernels.linear(x, qw), functional.linear(x.double(), dense.double()), most)
+    for weight in weights:
+        kernels.linear(x, weight)  # settles the scale of fp8 activations, which cannot be done in a capture
+    each = {method: [lambda w=w: kernels.linear(x, w) for w in weights]}
+    microseconds = bench.graph_microseconds(each)[method]
+    say(f"{method} {microseconds:.1f}", shape, tokens)
     return {
-        "device": "cuda", "shape": shape, "tokens": tokens, "method": "tqw_fp8", "bits": "4",
+        "device": "cuda", "shape": shape, "tokens": tokens, "method": method, "bits": "4",
         "microseconds": microseconds, "packed_gigabytes_per_second": qw.nbytes() / microseconds / 1e3,
         "relative_error": error,
     }  # fmt: skip
+
+
+def fp8_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
+    """The op as TQW_CUDA_ACTIVATIONS=fp8 computes it."""
+    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
+        return own_row("tqw_fp8", qw, dense, shape, tokens, 0.05)
+
+
+def group_rows(weight: Tensor, group: int, shape: str) -> Iterator[dict[str, Any]]:
+    """The op with weight scales for `group` inputs each."""
+    qw = quantize(weight, QuantConfig(bits=4, group_size=group))
+    dense = dequantize(qw)
+    for tokens in PEER_TOKENS:
+        yield own_row(f"tqw_group_{group}", qw, dense, shape, tokens, 0.01)
 
 
 PEERS = (tinygemm, bitsandbytes_nf4, torchao_int4, humming_int4, gemlite)
@@ -136,12 +149,13 @@ def compile_all(shapes: Sequence[str]) -> None:
     """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
     device = cuda._device(torch.cuda.current_device())
 
-    def plan(shape: str, tokens: int) -> None:
-        qw = empty_weight(bench.parse_shape(shape), QuantConfig(bits=4), torch.device("meta"))
+    def plan(shape: str, tokens: int, group: int) -> None:
+        config = QuantConfig(bits=4, group_size=group)
+        qw = empty_weight(bench.parse_shape(shape), config, torch.device("meta"))
         cuda._plan(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(plan, *zip(*product(shapes, TOKENS), strict=True)))
+        list(pool.map(plan, *zip(*product(shapes, TOKENS, (GROUP, *OTHER_GROUPS)), strict=True)))
 
 
 @torch.inference_mode()
@@ -171,8 +185,9 @@ def measure(shapes: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], dict[
             )
             if tokens >= FP8_TOKENS:
                 rows.append(fp8_row(qw, dense, shape, tokens))
-                say(f"fp8 activations {rows[-1]['microseconds']:.1f}", shape, tokens)
         del dense
+        for group in OTHER_GROUPS:
+            rows += group_rows(weight, group, shape)
         for prepare in PEERS:
             if prepare.__name__ in missing:
                 continue
@@ -203,10 +218,11 @@ def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "read_bandwidth"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = [method for method in methods if method != "read_bandwidth" and "group" not in method]
     colours = {method: "black" if method == "torch_bfloat16" else f"C{i}" for i, method in enumerate(methods)}
     for axis, shape in zip(axes.flat, SHAPES, strict=True):
-        here = [row for row in rows if row["shape"] == shape]
+        here = [row for row in rows if row["shape"] == shape and "group" not in row["method"]]
         for method in dict.fromkeys(row["method"] for row in here):
             points = [(row["tokens"], row["microseconds"]) for row in here if row["method"] == method]
             style = {"tqw": "o-", "torch_bfloat16": "--"}.get(method, ".-")

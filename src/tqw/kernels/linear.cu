@@ -435,7 +435,7 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
   float inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
   int q[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) q[i] = max(min(__float2int_rn(v[i] * inverse), MOST), -MOST);
+  for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);  // within MOST: |v| <= most
   if (k >= IN_PADDED || (tile >= 0 && k / TILE != tile)) return;
   u32 l[2], h[2];
 #pragma unroll
