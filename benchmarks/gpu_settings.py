@@ -34,7 +34,7 @@ TOKENS = (1, 2, 4, 8, 16)
 # cluster, split, warps, share
 LAYOUTS = ((1, 1, 16, 16), (1, 1, 16, 8), (2, 1, 16, 16), (2, 1, 16, 8), (2, 2, 16, 8), (2, 2, 16, 4), (4, 4, 16, 4))
 CHOICES: dict[str, tuple] = {
-    "fused": (True, False), "ring": (2, 3, 4, 6), "early": (1, 9), "unroll": (1, 2), "halves": (True, False),
+    "fused": (True, False), "ring": (2, 3, 4, 5), "early": (1, 2, 3), "unroll": (1, 2), "halves": (True, False),
 }  # fmt: skip
 MIDDLE: dict[str, tuple] = {
     "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4), "min_ctas": (1,),
