@@ -142,8 +142,9 @@ class Variant:
         return ring + 16 + sums + planes
 
     def ring_bytes(self) -> int:
-        """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers."""
-        return max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4) + 16 * self.stages
+        """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers; token scales."""
+        stages = max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4)
+        return stages + 16 * self.stages + 4 * self.columns
 
 
 def _wgmma(columns: int) -> dict[str, str]:
@@ -532,12 +533,13 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
     most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
+    most = 2 if columns == 256 else most
     return replace(
         base,
         columns=columns,
         warpgroups=best.warpgroups,
         split=best.split,
-        stages=max(2, min(most, device.shared_bytes // (best.ctas * (columns * 256 + 16)))),
+        stages=max(2, min(most, device.shared_bytes // (best.ctas * (columns * 260 + 16)))),
         min_ctas=2 if pair else 1,
     )
 

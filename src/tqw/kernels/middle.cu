@@ -314,12 +314,15 @@ __device__ __forceinline__ void store_eight(const Params& p, int token, int row,
 extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params given) {
 #if EXPERTS
   wait_for_previous_kernel();  // whose weights these are is known only now
-  if (given.block[blockIdx.y].y == 0) return;
+  int tokens = given.block[blockIdx.y].y;
+  if (tokens == 0) return;
   const Params p = of_expert(given);
 #else
   const Params& p = given;
+  int tokens = min(COLUMNS, p.tokens - (int)blockIdx.y * COLUMNS);
 #endif
-  extern __shared__ __align__(1024) u8 ring[];
+  extern __shared__ __align__(1024) u8 ring[];  // stages, later sums; barriers; scales of the tokens
+  float* scale_of = (float*)(ring + RING_BYTES + 16 * STAGES);
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, first_token = blockIdx.y * COLUMNS;
   int begin = TILES * rank / SPLIT, end = TILES * (rank + 1) / SPLIT;
@@ -342,6 +345,9 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
       barrier_expect(full + 8 * i, STAGE_BYTES);
       copy_bulk(stage0 + i * STAGE_BYTES, x + (i64)(begin + i) * STAGE_BYTES, STAGE_BYTES, full + 8 * i);
     }
+  for (int i = threadIdx.x; i < tokens; i += 128 * WARPGROUPS)  // needed at the end, and a long way off
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scale_of + i)), "l"(p.plane_scale + first_token + i)
+                 : "memory");
 
   float d[COLUMNS / 2];
 #pragma unroll
@@ -375,6 +381,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   while (work(units[0]) && work(units[1])) {
   }
   wait_products<0>();
+  asm volatile("cp.async.wait_all;" ::: "memory");
 
   // Through shared memory, so that rows are written side by side.
   __syncthreads();
@@ -389,17 +396,15 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   __syncthreads();
 #endif
 #if EXPERTS
-  int tokens = given.block[blockIdx.y].y;
   auto output = [&](int token) { return p.pair[first_token + token]; };
 #else
-  int tokens = min(COLUMNS, p.tokens - first_token);
   auto output = [&](int token) { return first_token + token; };
 #endif
   bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
 #pragma unroll 4
   for (int i = (rank * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += SPLIT * 1024 * WARPGROUPS) {
     int token = i / ROWS, row = first_row + i % ROWS;
-    float value[8], scale = p.plane_scale[first_token + token];
+    float value[8], scale = scale_of[token];
 #pragma unroll
     for (int h = 0; h < 2; h++) read_sums(sums + token * SUM_PITCH + i % ROWS + 4 * h, value + 4 * h);
 #pragma unroll
