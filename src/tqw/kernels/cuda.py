@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import threading
 from contextlib import contextmanager, suppress
@@ -110,6 +111,7 @@ class Variant:
     warpgroups: int = 1
     stages: int = 4
     spread: int = 1
+    coarse: bool = False
 
     def source(self) -> str:
         macros = {
@@ -127,7 +129,7 @@ class Variant:
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
-                **_wgmma(self.columns),
+                "COARSE": int(self.coarse), **_wgmma(self.columns, self.coarse),
             }  # fmt: skip
             files.append("middle.cu")
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
@@ -141,23 +143,30 @@ class Variant:
         planes = tokens * (self.planes * (of_rank + 16) + 4 * (of_rank // self.tile))
         return ring + 16 + sums + planes
 
+    def copy_bytes(self) -> int:
+        """T(x) of a tile in the middle kernel; int8 with the scales of its tokens."""
+        return self.columns * (self.tile + 4 if self.coarse else 2 * self.tile)
+
+    def stage_bytes(self) -> int:
+        return -(-self.copy_bytes() // 1024) * 1024
+
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers; token scales."""
-        stages = max(self.stages * self.columns * 256, self.columns * (64 * self.warpgroups + 4) * 4)
+        stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
         return stages + 16 * self.stages + 4 * self.columns
 
 
-def _wgmma(columns: int) -> dict[str, str]:
+def _wgmma(columns: int, coarse: bool) -> dict[str, str]:
     """Macros of the wgmma for 64 rows and `columns` tokens, A in registers, which names each of its accumulators."""
     count = columns // 2
     sums = ",".join(f"%{i}" for i in range(count))
     a = ",".join(f"%{count + i}" for i in range(4))
-    instruction = (
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;"
-    )
+    kind, options = ("k32.s32.s8.s8", "p") if coarse else ("k16.f32.f16.f16", "p, 1, 1, 0")
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{sums}}}, {{{a}}}, %{count + 4}, {options};"
+    register = "r" if coarse else "f"
     return {
-        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}\\n"',
-        "WGMMA_SUMS": ",".join(f'"+f"(d[{i}])' for i in range(count)),
+        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.ne.u32 p, %{count + 5}, 0;\\n{instruction}\\n}}\\n"',
+        "WGMMA_SUMS": ",".join(f'"+{register}"(d[{i}])' for i in range(count)),
     }
 
 
@@ -580,12 +589,15 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
     blocks = -(-tokens // variant.columns)
     grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
-    ctas = variant.spread
-    spread = _Launch(_function(variant, "tqw_spread", device), (tokens * ctas, 1), 256, 0, device, ctas)
+    ctas = -(-variant.padded_in // 256) * tokens / 8 if variant.coarse else tokens * variant.spread
+    spread = _Launch(
+        _function(variant, "tqw_spread", device), (math.ceil(ctas), 1), 256, 0, device, variant.spread
+    )
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
     product = _Launch(function, grid, threads, shared, device, variant.split)
-    return _Plan(2 * blocks * variant.columns * variant.padded_in, tokens, (spread, product))
+    bytes_of_x = blocks * variant.padded_in // variant.tile * variant.copy_bytes()
+    return _Plan(bytes_of_x, 0 if variant.coarse else tokens, (spread, product))
 
 
 @lru_cache(maxsize=4096)

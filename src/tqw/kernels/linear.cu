@@ -418,9 +418,8 @@ __device__ __forceinline__ void store_shared(u32 to, float value) {
 #endif
 }
 
-// T(x) of inputs k to k + 8 of one token from v = a * x; the BLOCK / 8 lanes of a block do it together. One or two int8
-// planes and, for each tile, a scale. tile: the only one to be stored, or -1.
-__device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* planes, int pitch, float* scales) {
+// T(x) = scale q of eight inputs of one token from v = a * x, |q| <= MOST; the BLOCK / 8 lanes of a block do it together.
+__device__ __forceinline__ float fixed_point(float (&v)[8], int (&q)[8]) {
 #if ROTATE
   hadamard(v, threadIdx.x & 31);
 #endif
@@ -433,15 +432,23 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
   constexpr int MOST = PLANES == 2 ? 127 * 256 : 127;
   float scale = most * (1.f / MOST);
   float inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
-  int q[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);  // within MOST: |v| <= most
+  return scale;
+}
+__device__ __forceinline__ u32 lower_bytes(const int* n) {
+  return permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
+}
+// One or two int8 planes and, for each tile, a scale, of inputs k to k + 8. tile: the only one to be stored, or -1.
+__device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* planes, int pitch, float* scales) {
+  int q[8];
+  float scale = fixed_point(v, q);
   if (k >= IN_PADDED || (tile >= 0 && k / TILE != tile)) return;
   u32 l[2], h[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     int* n = q + 4 * i;
-    l[i] = permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
+    l[i] = lower_bytes(n);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
   *(uint2*)(planes + k) = PLANES == 2 ? make_uint2(h[0], h[1]) : make_uint2(l[0], l[1]);

@@ -1,8 +1,10 @@
 // y = T(x) V^T + b for tens to hundreds of tokens, on sm_90: appended to linear.cu, whose macros and decoders it uses.
 //
 // Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
-// with weight_scale rounds once); wgmma sums in float32. Decoded weights are the A operand, straight from registers;
-// T(x) is the B operand in shared memory, where each stage is one bulk copy: tqw_spread writes it in that order.
+// with weight_scale rounds once); wgmma sums in float32. COARSE: T(x) is int8 with a scale for each token and tile, as in
+// linear.cu with one plane; wgmma multiplies it by the levels, and each tile's int32 sums are scaled. Decoded weights are
+// the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one bulk copy:
+// tqw_spread writes it in that order.
 //
 // A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs; the SPLIT CTAs of a
 // cluster add up through their shared memory in a fixed order.
@@ -10,12 +12,15 @@
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
 // SPREAD     CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
+// COARSE     1: T(x) of 8 bits, half of which the L2 cache can hardly feed to all multiprocessors; one pass, PLANES = 1
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
 //            together (SPREAD = 1); nothing on the host depends on the ids
 // WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
 
 static_assert(TILE == 128, "a stage is 128 inputs");
-static constexpr int ROWS = 64 * WARPGROUPS, STAGE_BYTES = COLUMNS * TILE * 2, SUM_PITCH = ROWS + 4;
+static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
+static constexpr int COPY_BYTES = COLUMNS * (COARSE ? TILE + 4 : 2 * TILE);  // of T(x): a stage of the ring, whole KiB
+static constexpr int STAGE_BYTES = (COPY_BYTES + 1023) / 1024 * 1024;
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 
@@ -28,7 +33,7 @@ __device__ __forceinline__ void cluster_signal() {
 // follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
 __device__ __forceinline__ i64 spread_offset(int token, int k) {
   int t = k % TILE / 32, word = k % 32 / 8;
-  return ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) +
+  return ((i64)(token / COLUMNS) * TILES + k / TILE) * COPY_BYTES + (word / 2) * (COLUMNS * 128) +
          token % COLUMNS * 128 + t * 4;
 }
 __device__ __forceinline__ void spread_store(const Params& p, int token, int k, const float* v) {
@@ -107,6 +112,29 @@ extern "C" __global__ void __launch_bounds__(1024) tqw_route(const __grid_consta
 }
 #endif
 
+#if COARSE
+// T(x) of 256 inputs of a token by one warp: int8, in the order of the product. A stage has a row of 128 bytes for each
+// token, in which lane t of a quad has bytes 32 s + 4 t and 32 s + 16 + 4 t of step s (chunks of 16 swizzled), and scales.
+extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
+  allow_next_kernel();
+  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
+  int item = blockIdx.x * 8 + threadIdx.x / 32, token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
+  if (token >= p.tokens) return;
+  uint2 channel = channel_bytes(p, k);
+  float v[8];
+  int q[8];
+  wait_for_previous_kernel();
+  scaled_inputs(p, token, k, channel, v);
+  float scale = fixed_point(v, q);
+  if (k >= IN_PADDED) return;
+  int column = token % COLUMNS, at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
+  u8* stage = p.planes + ((i64)(token / COLUMNS) * TILES + k / TILE) * COPY_BYTES;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    *(u32*)(stage + column * 128 + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
+  if (k % TILE == 0) ((float*)(stage + COLUMNS * 128))[column] = scale;
+}
+#else
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
 // its own column; with EXPERTS each pair has one, and the outputs of an expert that does not exist become 0.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
@@ -200,6 +228,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     store(w, r * STRIDE + first);
   }
 }
+#endif
 
 // ------------------------------------------------------------------------------------------------- the instructions
 
@@ -227,8 +256,14 @@ __device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
   return d;
 }
 
-__device__ __forceinline__ void multiply_async(float* d, const u32* a, u64 b) {
-  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#if COARSE
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+// d = a b + (add ? d : 0), later.
+__device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b, int add = 1) {
+  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
 static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
@@ -239,6 +274,36 @@ __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& hi
   high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
 }
 
+#if COARSE
+// A of the four k32 steps of a tile, and the scales of its rows.
+__device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, u32 (*a)[4], float* scale) {
+  constexpr int B = WIDTHS[0], SECOND = words_of(B, 0);
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if constexpr (B == 4)
+        decode_whole(tables, unit.codes[h][s], a[s] + h);
+      else
+        decode<B>(unit.codes[h], unit.codes[h] + SECOND, s, a[s][h], a[s][h + 2]);
+    }
+  }
+  scale[0] = half_to_float(unit.scales[0][0][0]), scale[1] = half_to_float(unit.scales[1][0][0]);
+}
+// total += weight_scale * x_scale * d of a tile.
+__device__ __forceinline__ void add_tile(float* total, int* d, const float* scale, const float* x_scale, int t) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+r"(d[i])::"memory");  // not read before the products are done
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i += 4) {
+    float2 x = *(const float2*)(x_scale + 2 * i + 2 * t);
+    total[i] = fmaf(scale[0] * x.x, (float)d[i], total[i]);
+    total[i + 1] = fmaf(scale[0] * x.y, (float)d[i + 1], total[i + 1]);
+    total[i + 2] = fmaf(scale[1] * x.x, (float)d[i + 2], total[i + 2]);
+    total[i + 3] = fmaf(scale[1] * x.y, (float)d[i + 3], total[i + 3]);
+  }
+}
+#else
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
 __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, int half, u32 (*a)[4]) {
@@ -275,6 +340,7 @@ __device__ __forceinline__ void multiply_half(const Tables& tables, const Unit& 
     multiply_half<I + 1>(tables, unit, half, b, d, a);
   }
 }
+#endif
 
 // Four neighbouring sums, of all CTAs of the cluster.
 __device__ __forceinline__ void read_sums(const float* mine, float* value) {
@@ -339,22 +405,61 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
-  const u8* x = p.planes + (i64)blockIdx.y * TILES * STAGE_BYTES;
+  const u8* x = p.planes + (i64)blockIdx.y * TILES * COPY_BYTES;
+  auto fill = [&](int stage, int tile) {
+    barrier_expect(full + 8 * stage, COPY_BYTES);
+    copy_bulk(stage0 + stage * STAGE_BYTES, x + (i64)tile * COPY_BYTES, COPY_BYTES, full + 8 * stage);
+  };
   if (threadIdx.x == 0)
-    for (int i = 0; i < STAGES && begin + i < end; i++) {
-      barrier_expect(full + 8 * i, STAGE_BYTES);
-      copy_bulk(stage0 + i * STAGE_BYTES, x + (i64)(begin + i) * STAGE_BYTES, STAGE_BYTES, full + 8 * i);
-    }
+    for (int i = 0; i < STAGES && begin + i < end; i++) fill(i, begin + i);
+#if !COARSE
   for (int i = threadIdx.x; i < tokens; i += 128 * WARPGROUPS)  // needed at the end, and a long way off
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scale_of + i)), "l"(p.plane_scale + first_token + i)
                  : "memory");
+#endif
 
-  float d[COLUMNS / 2];
+  float total[COLUMNS / 2];
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++) d[i] = 0.f;
+  for (int i = 0; i < COLUMNS / 2; i++) total[i] = 0.f;
+  int stage = 0, parity = 0, tile = begin;
+  auto stage_before = [&](int by) { return stage >= by ? stage - by : stage - by + STAGES; };
+#if COARSE
+  const Tables words = tables();
+  u32 a[2][4][4];
+  int d[COLUMNS / 2];
+  float scales[2][2];
+  prepare(words, units[0], a[0], scales[0]);
+  load_pass<0>(p, units[0], row0, row1, min(begin + 2, end - 1) * TILE, t);
+  // Multiplies a tile while the next is decoded.
+  auto work = [&](int now, int then) {
+    barrier_wait(full + 8 * stage, parity);
+    const u8* here = ring + stage * STAGE_BYTES;
+    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
+    fence_sums();
+#pragma unroll
+    for (int s = 0; s < 4; s++) multiply_async(d, a[now][s], b + 2 * s, s > 0);
+    commit_products();
+    prepare(words, units[then], a[then], scales[then]);
+    load_pass<0>(p, units[then], row0, row1, min(tile + 3, end - 1) * TILE, t);
+    wait_products<0>();
+    add_tile(total, d, scales[now], (const float*)(here + COLUMNS * 128), t);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    int next = tile - 1 + STAGES, free = stage_before(1);
+    if (threadIdx.x == 0 && tile > begin && next < end) {
+      barrier_wait(empty + 8 * free, parity ^ (free > stage));
+      fill(free, next);
+    }
+    __syncwarp();
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+    return ++tile < end;
+  };
+  while (work(0, 1) && work(1, 0)) {
+  }
+#else
+  float* d = total;
   u32 a[2][4][4];
   const Tables words = tables<BIAS>();
-  int stage = 0, parity = 0, tile = begin;
   // A stage is filled again LAG tiles after its own, when the slowest warp is likely to be done with it.
   constexpr int LAG = STAGES >= 4 ? 2 : 1;
   auto work = [&](Unit& unit) {
@@ -362,14 +467,11 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
     multiply_half<0>(words, unit, 0, b, d, a);
     wait_products<1>();  // the tile before is done
-    if (tile > begin && lane == 0) barrier_arrive(empty + 8 * (stage ? stage - 1 : STAGES - 1));
-    int next = tile - LAG + STAGES;
+    if (tile > begin && lane == 0) barrier_arrive(empty + 8 * stage_before(1));
+    int next = tile - LAG + STAGES, free = stage_before(LAG);
     if (threadIdx.x == 0 && tile >= begin + LAG && next < end) {
-      bool around = stage < LAG;
-      int free = stage - LAG + around * STAGES;
-      barrier_wait(empty + 8 * free, parity ^ around);
-      barrier_expect(full + 8 * free, STAGE_BYTES);
-      copy_bulk(stage0 + free * STAGE_BYTES, x + (i64)next * STAGE_BYTES, STAGE_BYTES, full + 8 * free);
+      barrier_wait(empty + 8 * free, parity ^ (free > stage));
+      fill(free, next);
     }
     __syncwarp();
     multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
@@ -382,13 +484,14 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   }
   wait_products<0>();
   asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 
   // Through shared memory, so that rows are written side by side.
   __syncthreads();
   float* sums = (float*)ring;
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++)
-    sums[(i / 4 * 8 + 2 * t + i % 2) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = d[i];
+    sums[(i / 4 * 8 + 2 * t + i % 2) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
 #if SPLIT > 1
   cluster_arrive();
   cluster_wait();
@@ -404,7 +507,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #pragma unroll 4
   for (int i = (rank * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += SPLIT * 1024 * WARPGROUPS) {
     int token = i / ROWS, row = first_row + i % ROWS;
-    float value[8], scale = scale_of[token];
+    float value[8], scale = COARSE ? 1.f : scale_of[token];
 #pragma unroll
     for (int h = 0; h < 2; h++) read_sums(sums + token * SUM_PITCH + i % ROWS + 4 * h, value + 4 * h);
 #pragma unroll
