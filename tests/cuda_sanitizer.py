@@ -32,7 +32,7 @@ DECODE = [
     (40, 9216),
 ]  # outputs, inputs: one strip, few, a second set, wide
 TOKENS = (1, 2, 4, 8, 16, 24)
-MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20)]
+MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20), (300, 2048, 100)]
 
 
 def weight(
@@ -72,7 +72,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda g=group_size, b=bits, t=tokens: linear(weight(40, 512, b, group_size=g), t, torch.float16),
             )
     for out_features, in_features, tokens in MIDDLE:
-        yield "middle", lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.float32)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield "middle", lambda o=out_features, i=in_features, t=tokens, d=dtype: linear(weight(o, i), t, d)
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")
     yield "experts", lambda: experts(200, "4+4")

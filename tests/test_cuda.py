@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def check(
     """Few tokens: inputs are rounded to 2^-16 of their tile's largest, at most |T(x)| of the tile, so by Cauchy-Schwarz
     the error is below 2^-13 |x| |w|. Dozens to hundreds: T(x) and V are rounded to fp16, 2^-12 each, so 2^-11 |x| |w|.
     More: dense weights are rounded to the dtype, 2 u |x| |w|. middle: any number is rounded as dozens are.
-    5 tokens and more by the decode kernel, weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
+    5 tokens and more by the decode kernel, or up to 128 where weights have one pass and groups of 128 inputs or more;
+    weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
     their tile's largest, some 5 deviations; by Hoeffding's inequality their sum is beyond 3.5 steps |w| once in 10^10,
     3.5 5/127 |x| |w| / sqrt(in), here doubled for tiles of unequal norms: a third of what an output is.
     """
@@ -41,7 +43,8 @@ def check(
     rounded = 2.0**-11 if middle or 16 < tokens <= 1024 else 2.0**-13
     several = qw.block == 128 and qw.group_size in (32, 64)
     tile = 128 if several else min(qw.block, qw.group_size & -qw.group_size)
-    most = 63 if tile < 128 else 32 if qw.padded_in <= 8192 else 16  # tokens of the decode kernel
+    coarse = len(qw.bits) == 1 and qw.group_size % 128 == 0  # tokens up to 128
+    most = 63 if tile < 128 else 128 if coarse else 32 if qw.padded_in <= 8192 else 16
     if not middle and 5 <= tokens <= most and sum(qw.bits) < 6 and x.dtype != torch.float32:
         rounded = 0.28 / qw.padded_in**0.5
     bound = 2 * unit * exact.abs() + (rounded + 2 * unit) * magnitude
@@ -60,6 +63,22 @@ def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype):
     qw = make(out_features, in_features)
     x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
     check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5"])
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize(("out_features", "in_features"), [(3, 128), (264, 2048), (700, 9216), (17100, 384)])
+def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features):
+    qw = make(out_features, in_features, bits=bits, group_size=group_size)
+    for tokens, dtype in product((17, 33, 70, 128), (torch.float16, torch.bfloat16)):
+        x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
+        check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
+    x[1, 5], x[2, 6] = float("nan"), float("inf")
+    y = kernels.linear(x, qw, backend="cuda")
+    assert y[1:3].isnan().all()
+    assert y[3:].isfinite().all()
 
 
 @pytest.mark.gpu
@@ -161,9 +180,10 @@ def test_shares_of_a_cta_are_whole(tile):
     ("padded_in", "tokens"),
     [(4096, t) for t in (20, 60, 90, 128, 200, 256, 512)] + [(14336, t) for t in (8, 16, 32, 64)],
 )
-def test_middle_kernels_compile_without_spills(padded_in, tokens):
+@pytest.mark.parametrize("planes", [1, 2])
+def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
-    base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
+    base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda._middle_variant(base, tokens, 4096, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes

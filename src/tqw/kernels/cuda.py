@@ -37,8 +37,9 @@ from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
-_NARROW_TOKENS = 32  # up to here where T(x) is one plane, of few inputs, and outputs are few too
+_NARROW_TOKENS = 24  # up to here where T(x) is one plane, of few inputs, and outputs are few too
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
+_COARSE_TOKENS = 128  # up to here middle.cu keeps T(x) in 8 bits, too
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
@@ -151,7 +152,7 @@ class Variant:
         return -(-self.copy_bytes() // 1024) * 1024
 
     def ring_bytes(self) -> int:
-        """Dynamic shared memory of the middle kernel: the ring of stages, reused for the sums; barriers; token scales."""
+        """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
         stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
         return stages + 16 * self.stages + 4 * self.columns
 
@@ -527,7 +528,9 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     _, wide = _sizes(base, out, device)
-    if wide and tokens <= 128:
+    if base.planes == 1 and len(base.bits) == 1 and base.group % 128 == 0 and tokens <= _COARSE_TOKENS:
+        base = replace(base, coarse=True)
+    elif wide and tokens <= 128:
         base = replace(base, spread=8)
     units, blocks = device.multiprocessors, -(-tokens // 256)
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
@@ -536,20 +539,22 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
     few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
-    warpgroups = (2,) if not few else (1,) if columns <= 64 else (2, 1)
+    warpgroups = (2, 1) if base.coarse or (few and columns > 64) else (1,) if few else (2,)
     divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
-    best = min(divisions, key=lambda division: division.cost)
+    best = min(divisions, key=lambda division: (division.cost, division.split > 2 and division.warpgroups == 2))
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
-    pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
-    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
-    most = 2 if columns == 256 else most
+    pair = not base.coarse and columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
+    base = replace(base, columns=columns, warpgroups=best.warpgroups, split=best.split, min_ctas=2 if pair else 1)
+    if base.coarse:
+        full = columns <= 64 and best.ctas * best.warpgroups >= 4  # of warps, if these keep to 128 registers
+        base = replace(base, min_ctas=best.ctas if full else 1)
+        most = 4 if best.ctas > 2 else 6
+    else:
+        most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
+        most = 2 if columns == 256 else most
+    each = device.shared_bytes // best.ctas - 1024
     return replace(
-        base,
-        columns=columns,
-        warpgroups=best.warpgroups,
-        split=best.split,
-        stages=max(2, min(most, device.shared_bytes // (best.ctas * (columns * 260 + 16)))),
-        min_ctas=2 if pair else 1,
+        base, stages=next((n for n in range(most, 2, -1) if replace(base, stages=n).ring_bytes() <= each), 2)
     )
 
 
@@ -566,7 +571,8 @@ class _Division:
 def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _Device) -> _Division:
     """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
     tiles = base.padded_in // base.tile
-    registers, memory = min(64 + columns, 255), max(2 * columns * 256, columns * (64 * warpgroups + 4) * 4) + 1024
+    registers = min(64 + columns, 255) if not base.coarse else 128 if columns <= 64 else 224
+    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=3 if base.coarse else 2).ring_bytes() + 1024
     fit = max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
 
     def each(split: int) -> int:
@@ -577,9 +583,10 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
         ctas = each(split)
         together = min(ctas, fit)
         warps = 4 * warpgroups * together
-        waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
+        waits = (0.75 if base.coarse else 0.6) if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
         waits *= (64 / max(64, columns)) ** 0.5
-        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
+        adding = 2 * split if split > 2 else 2 * split - 2
+        adding *= (1.33 if columns <= 32 else 2.2) if base.coarse else max(1, columns / 128)
         return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
 
     splits = (split for split in range(1, min(8, tiles // 2 or 1) + 1) if split == 1 or each(split) <= fit)
@@ -590,9 +597,7 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
     blocks = -(-tokens // variant.columns)
     grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
     ctas = -(-variant.padded_in // 256) * tokens / 8 if variant.coarse else tokens * variant.spread
-    spread = _Launch(
-        _function(variant, "tqw_spread", device), (math.ceil(ctas), 1), 256, 0, device, variant.spread
-    )
+    spread = _Launch(_function(variant, "tqw_spread", device), (math.ceil(ctas), 1), 256, 0, device, variant.spread)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
     product = _Launch(function, grid, threads, shared, device, variant.split)
