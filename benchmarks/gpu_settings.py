@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple] = {
     "fused": (True, False), "ring": (2, 3, 4, 5), "early": (1, 2, 3), "unroll": (1, 2), "halves": (True, False),
 }  # fmt: skip
 MIDDLE: dict[str, tuple] = {
-    "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4), "min_ctas": (1,),
+    "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4, 6), "min_ctas": (1, 2, 4),
 }  # fmt: skip
 PRESENT = {"decode": cuda._decode_variant, "middle": cuda._middle_variant}
 

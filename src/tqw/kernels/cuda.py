@@ -546,8 +546,8 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     pair = not base.coarse and columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
     base = replace(base, columns=columns, warpgroups=best.warpgroups, split=best.split, min_ctas=2 if pair else 1)
     if base.coarse:
-        full = columns <= 64 and best.ctas * best.warpgroups >= 4  # of warps, if these keep to 128 registers
-        base = replace(base, min_ctas=best.ctas if full else 1)
+        full = columns <= 32 or (columns <= 64 and best.ctas * best.warpgroups >= 4)  # of warps with 128 registers
+        base = replace(base, min_ctas=4 // best.warpgroups if full else 1)
         most = 4 if best.ctas > 2 else 6
     else:
         most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
