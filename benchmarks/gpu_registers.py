@@ -30,10 +30,14 @@ LINEARS = {  # the weight, and the tokens of the decode kernel
     "1 token, 14336 inputs": (replace(BASE, padded_in=14336), 1),
     "8 tokens": (BASE, 8),
     "16 tokens": (BASE, 16),
+    "16 tokens, groups of 64": (replace(BASE, group=64), 16),
+    "16 tokens, groups of 32": (replace(BASE, group=32), 16),
     "16 tokens, 6 bits": (replace(BASE, bits=(6,), planes=2), 16),
-    "32 tokens": (BASE, 32),
+    "24 tokens": (BASE, 24),
 }
 HOPPER = {
+    "64 tokens, 8 bits of T(x)": replace(BASE, columns=64, stages=6, warpgroups=2, min_ctas=2, coarse=True),
+    "128 tokens, 8 bits of T(x)": replace(BASE, columns=128, stages=6, warpgroups=2, coarse=True),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
