@@ -1,7 +1,8 @@
 """CUDA backend: linear.cu, compiled at run time by NVRTC through cuda.bindings (both come with torch).
 
 Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens to hundreds, on
-Hopper: the tensor cores' larger products (middle.cu). Many: y = x dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than one slice in memory.
+Hopper: the tensor cores' larger products (middle.cu). Many: y = x dense^T by slices of rows, dense from one kernel, the
+product from cuBLAS; never more than one slice in memory.
 T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
 more of 16-bit inputs and weights below 6 bits, to 8:
 
