@@ -222,7 +222,7 @@ def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     methods = [method for method in methods if method != "read_bandwidth" and "group" not in method]
     colours = {method: "black" if method == "torch_bfloat16" else f"C{i}" for i, method in enumerate(methods)}
     for axis, shape in zip(axes.flat, SHAPES, strict=True):
-        here = [row for row in rows if row["shape"] == shape and "group" not in row["method"]]
+        here = [row for row in rows if row["shape"] == shape and row["method"] in methods]
         for method in dict.fromkeys(row["method"] for row in here):
             points = [(row["tokens"], row["microseconds"]) for row in here if row["method"] == method]
             style = {"tqw": "o-", "torch_bfloat16": "--"}.get(method, ".-")

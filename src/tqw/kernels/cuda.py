@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import threading
 from contextlib import contextmanager, suppress
@@ -144,6 +143,10 @@ class Variant:
         of_rank = self.padded_in // self.split
         planes = tokens * (self.planes * (of_rank + 16) + 4 * (of_rank // self.tile))
         return ring + 16 + sums + planes
+
+    def transform_ctas(self, tokens: int) -> int:
+        """Eight warps each, of a kernel that transforms 256 inputs of a token with each warp."""
+        return -(-(-(-self.padded_in // 256) * tokens) // 8)
 
     def copy_bytes(self) -> int:
         """T(x) of a tile in the middle kernel; int8 with the scales of its tokens."""
@@ -394,8 +397,7 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> Variant:
     tile = min(block, group & -group, 128)
     if block == 128 and group in (32, 64):
         tile = 128  # several groups: as fast as one
-    coarse = sum(qw.bits) < 6 and dtype != torch.float32 and _activations() != "exact"
-    planes = 1 if coarse else 2
+    planes = 1 if sum(qw.bits) < 6 and dtype != torch.float32 and _activations() != "exact" else 2
     return Variant(qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes)
 
 
@@ -497,8 +499,8 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
     decode = _Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
-    items, tiles = -(-variant.padded_in // 256) * tokens, variant.padded_in // variant.tile
-    transform_x = _Launch(_function(variant, "tqw_transform", device), (-(-items // 8), 1), 256, 0, device)
+    tiles, grid = variant.padded_in // variant.tile, (variant.transform_ctas(tokens), 1)
+    transform_x = _Launch(_function(variant, "tqw_transform", device), grid, 256, 0, device)
     return _Plan(variant.planes * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
 
 
@@ -597,8 +599,8 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
     blocks = -(-tokens // variant.columns)
     grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
-    ctas = -(-variant.padded_in // 256) * tokens / 8 if variant.coarse else tokens * variant.spread
-    spread = _Launch(_function(variant, "tqw_spread", device), (math.ceil(ctas), 1), 256, 0, device, variant.spread)
+    ctas = variant.transform_ctas(tokens) if variant.coarse else tokens * variant.spread
+    spread = _Launch(_function(variant, "tqw_spread", device), (ctas, 1), 256, 0, device, variant.spread)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
     product = _Launch(function, grid, threads, shared, device, variant.split)
