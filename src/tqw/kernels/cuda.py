@@ -459,7 +459,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
     elif tokens > 8:
-        ring, early = (2, 2) if tokens <= _DECODE_TOKENS else (3, 2)
+        ring, early = (3 if many or tokens > _DECODE_TOKENS else 2), 2
     return replace(
         base,
         planes=planes,
@@ -592,7 +592,8 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
         adding *= (1.33 if columns <= 32 else 2.2) if base.coarse else max(1, columns / 128)
         return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
 
-    splits = (split for split in range(1, min(8, tiles // 2 or 1) + 1) if split == 1 or each(split) <= fit)
+    most = min(5 if base.coarse else 8, tiles // 2 or 1)
+    splits = (split for split in range(1, most + 1) if split == 1 or each(split) <= fit)
     return min(map(division, splits), key=lambda division: division.cost)
 
 

@@ -16,7 +16,11 @@
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
 //            together (SPREAD = 1); nothing on the host depends on the ids
 // WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
+// EVERY_LANE 1: for racecheck, which does not follow that __syncwarp puts all lanes' reads before one lane's arrival
 
+#ifndef EVERY_LANE
+#define EVERY_LANE 0
+#endif
 static_assert(TILE == 128, "a stage is 128 inputs");
 static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
 static constexpr int COPY_BYTES = COLUMNS * (COARSE ? TILE + 4 : 2 * TILE);  // of T(x): a stage of the ring, whole KiB
@@ -399,7 +403,8 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   load_pass<0>(p, units[0], row0, row1, begin * TILE, t);
   load_pass<0>(p, units[1], row0, row1, min(begin + 1, end - 1) * TILE, t);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * WARPGROUPS);
+    constexpr int ARRIVALS = (COARSE && EVERY_LANE ? 128 : 4) * WARPGROUPS;
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, ARRIVALS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -443,8 +448,8 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
     load_pass<0>(p, units[then], row0, row1, min(tile + 3, end - 1) * TILE, t);
     wait_products<0>();
     add_tile(total, d, scales[now], (const float*)(here + COLUMNS * 128), t);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (!EVERY_LANE) __syncwarp();
+    if (EVERY_LANE || lane == 0) barrier_arrive(empty + 8 * stage);
     int next = tile - 1 + STAGES, free = stage_before(1);
     if (threadIdx.x == 0 && tile > begin && next < end) {
       barrier_wait(empty + 8 * free, parity ^ (free > stage));
