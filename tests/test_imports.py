@@ -17,7 +17,7 @@ ORDER = [
     "kernels.cutile_kernels", "kernels.cutile", "kernels.reference", "kernels",
     "shared_input", "layer", "model", "training",
     # the edge: nothing above imports it
-    "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
+    "gradients", "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
     "generate", "peers", "bench", "footprint", "report", "compare", "demo", "integrations", "integrations.lm_eval",
     "cli", "integrations.serving", "integrations.transformers", "registration", "integrations.vllm_experts",
     "integrations.vllm_layers", "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",

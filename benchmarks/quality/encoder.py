@@ -36,6 +36,7 @@ from tqw import calibrate
 from tqw.allocation import sensitivities
 from tqw.evaluate import BASELINES, baseline_weights
 from tqw.gptq import DRIFT_SHARE
+from tqw.gradients import token_weights
 from tqw.model import resolve
 from tqw.moments import LayerMoments
 from tqw.pretrained import GPTQ_EXPONENT
@@ -51,7 +52,7 @@ WINDOW, WINDOWS = 64, 256  # tokens and number of the sequences of "gptq windows
 MORE = 2000  # sentences of docstrings
 # label -> (settings of QuantConfig or a target of bits per weight, where the statistics come from); "gptq" is error
 # feedback on the other sentences, each by itself, as the model will read them; "gptq windows" on the same text cut into
-# windows; "gptq drift" makes up for the whole drift
+# windows; "gptq drift" makes up for the whole drift; "weighted" weights tokens by the end's gradients
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "original": ({"bits": 4, "group_size": 64, "scale": "norm"}, "none"),
     "4": ({"bits": 4}, "none"),
@@ -70,6 +71,14 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "target 4.55, group 64, gptq, drift 1": ({"target": 4.55, "group_size": 64}, "gptq drift"),
     "target 4.55, group 64, gptq, drift 1, more text": ({"target": 4.55, "group_size": 64}, "gptq drift more"),
     "target 4.55, gptq, drift 1, more text": ({"target": 4.55}, "gptq drift more"),
+    "4, group 32, gptq, drift 1, more text, tokens weighted": (
+        {"bits": 4, "group_size": 32},
+        "gptq drift weighted more",
+    ),
+    "target 4.55, group 64, gptq, drift 1, more text, tokens weighted": (
+        {"target": 4.55, "group_size": 64},
+        "gptq drift weighted more",
+    ),
     "5": ({"bits": 5}, "none"),
     "5, sentences": ({"bits": 5}, "sentences"),
     "5, gptq": ({"bits": 5}, "gptq"),
@@ -196,14 +205,16 @@ def main() -> None:
     for label, (settings, statistics) in ROWS.items():
         if label not in rows:
             model = copy.deepcopy(dense)
-            source = statistics.replace(" drift", "")
+            source = statistics.replace(" drift", "").replace(" weighted", "")
             settings, power = dict(settings), powers[source]
             target = settings.pop("target", None)
             config = tqw.QuantConfig(**settings)
             gptq = {}
             if source in batches:
-                drift = DRIFT_SHARE if source == statistics else 1.0
-                gptq = {"exponent": GPTQ_EXPONENT, "moments": LayerMoments(model, batches[source], drift)}
+                drift = 1.0 if "drift" in statistics else DRIFT_SHARE
+                weights = token_weights(dense, batches[source]) if "weighted" in statistics else None
+                moments = LayerMoments(model, batches[source], drift, weights)
+                gptq = {"exponent": GPTQ_EXPONENT, "moments": moments}
             if target:
                 found = sensitivities(dense, batches[source], power)
                 config = tqw.allocate_bits(dense, target, config, sensitivity=found)

@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqw.codebook import nearest_levels
 from tqw.config import WIDTHS, QuantConfig, block_size, format_bits, group_size, padded_features
 from tqw.errors import TqwError
+from tqw.gradients import gradients_of_activations, sampled_loss
 from tqw.model import Decision, Select, by_input, dense_weights, is_tied, kind_of, resolve, tensor_name
 from tqw.scaling import activation_scale, group_scales
 from tqw.weight import empty_weight
@@ -229,22 +229,6 @@ class _Watch:
         y.register_hook(backward)
 
 
-@contextmanager
-def _gradients_of_activations(model: nn.Module) -> Any:
-    """Parameters need no gradient for the while, the embedding's output does."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))  # type: ignore[operator]
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
 def sensitivities(
     model: nn.Module,
     ids: Tensor | Sequence[Tensor],
@@ -269,11 +253,11 @@ def sensitivities(
     device = next(model.parameters()).device
     handles = []
     try:
-        with _gradients_of_activations(model):  # its hook first: the embedding's output needs a gradient when watched
+        with gradients_of_activations(model):  # its hook first: the embedding's output needs a gradient when watched
             handles = [model.get_submodule(name).register_forward_hook(w.forward) for name, w in watches.items()]
             for count, batch in enumerate(batches, 1):
                 output = model(input_ids=batch.to(device), use_cache=False)
-                loss = _sampled_loss(output, generator)
+                loss = sampled_loss(output, generator)
                 if loss is None:
                     return {}
                 loss.backward()
@@ -284,15 +268,3 @@ def sensitivities(
             handle.remove()
     tokens = sum(batch.numel() for batch in batches)
     return {name: watch.total / tokens for name, watch in watches.items() if watch.reached}
-
-
-def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor | None:
-    """A random scalar whose gradients' squares have the sensitivity as their mean; None for outputs not known."""
-    logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
-    if logits is not None:
-        logs = logits.flatten(0, -2).float().log_softmax(-1)
-        sampled = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-        return logs.gather(-1, sampled).sum()
-    if hidden is not None:
-        return (hidden.float() * torch.randn(hidden.shape, generator=generator).to(hidden.device)).sum()
-    return None

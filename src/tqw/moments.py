@@ -12,7 +12,7 @@ model's own hidden states, whose inputs are x0, walk beside them (GPTAQ, arXiv 2
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,12 +124,20 @@ class LayerMoments:
 
     ids: sequences of one length, or batches of such: what a model usually reads, whole. No padding is known of.
     drift: how much of the drift each layer makes up for; 1 is best where the texts are what the model will read.
+    weights: w_t of each input's tokens in the means above, from `tqw.gradients.token_weights` of the same batches;
+    inputs that it does not name have weights of 1.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor | Sequence[Tensor], drift: float = DRIFT_SHARE) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Tensor | Sequence[Tensor],
+        drift: float = DRIFT_SHARE,
+        weights: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> None:
         self.inputs = LayerInputs(model, ids)
         self.prefix, self.layers = self.inputs.prefix, self.inputs.layers
-        self.drift = drift
+        self.drift, self.weights = drift, weights or {}
         self.dense: nn.Module | None = None  # the current layer before any of it was quantized
         self.dense_hidden = list(self.inputs.hidden)  # as the float model has it
 
@@ -155,6 +163,18 @@ class LayerMoments:
                 handle.remove()
         return seen[0] if seen else None
 
+    def _weighted(self, key: str, batch: int, x: Tensor | None) -> Tensor | None:
+        """sqrt(w_t) x_t, so that sums over tokens are weighted."""
+        if x is None or key not in self.weights:
+            return x
+        weights = self.weights[key][batch].to(x.device)
+        if len(weights) != len(x):
+            raise TqwError(
+                f"expected a weight for each of {len(x)} tokens of {key}, got {len(weights)}: "
+                "give token_weights the batches that LayerMoments gets"
+            )
+        return x * weights.sqrt()[:, None]
+
     def _measure(self, key: str) -> Moments | None:
         layer = self.layers[self.inputs.current]
         if self.dense is None:
@@ -162,10 +182,10 @@ class LayerMoments:
             self.dense = copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})  # modules, not their tensors
         sums: _Sums | None = None
         for batch, (hidden, dense_hidden) in enumerate(zip(self.inputs.hidden, self.dense_hidden, strict=True)):
-            x = self._input(key, batch, layer, hidden)
+            x = self._weighted(key, batch, self._input(key, batch, layer, hidden))
             if x is not None:
                 sums = sums or _Sums(x)
-                sums.add(x, self._input(key, batch, self.dense, dense_hidden))
+                sums.add(x, self._weighted(key, batch, self._input(key, batch, self.dense, dense_hidden)))
         return None if sums is None else sums.mean(self.drift)
 
     def _advance(self) -> None:
