@@ -54,7 +54,7 @@ def token_weights(model: nn.Module, batches: Sequence[Tensor], power: float = TO
     that no gradient reaches are left out. Source: guidance by the end loss (GuidedQuant, arXiv 2505.07004), here with
     one weight for all outputs, and tempered.
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, dict[int, Tensor]] = {}  # of each batch
     device = next(model.parameters()).device
 
     def watch(name: str, batch: int, size: int) -> Any:
@@ -63,10 +63,9 @@ def token_weights(model: nn.Module, batches: Sequence[Tensor], power: float = TO
                 output.register_hook(backward)
 
         def backward(gradient: Tensor) -> None:
-            parts = found.setdefault(input_name(name), [])
-            if len(parts) == batch:
-                parts.append(torch.zeros(size))
-            parts[batch] += gradient.float().square().mean(-1).flatten().cpu()
+            energy = gradient.float().square().mean(-1).flatten().cpu()
+            parts = found.setdefault(input_name(name), {})
+            parts[batch] = parts[batch] + energy if batch in parts else energy
 
         return forward
 
@@ -83,7 +82,9 @@ def token_weights(model: nn.Module, batches: Sequence[Tensor], power: float = TO
             finally:
                 for handle in handles:
                     handle.remove()
-    return {name: _normalised(parts, power) for name, parts in found.items() if len(parts) == len(batches)}
+    return {
+        name: _normalised(list(parts.values()), power) for name, parts in found.items() if len(parts) == len(batches)
+    }
 
 
 def _normalised(parts: list[Tensor], power: float) -> list[Tensor]:
