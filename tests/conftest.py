@@ -95,6 +95,16 @@ def token_ids(rows: int = 2, columns: int = 12, vocabulary: int = 128) -> torch.
     return torch.randint(3, vocabulary, (rows, columns), generator=torch.Generator().manual_seed(7))
 
 
+def inputs_of(model: torch.nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
+    """What a linear reads: [tokens, in]."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

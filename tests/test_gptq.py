@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny, token_ids
+from conftest import inputs_of, tiny, token_ids
 
 import tqw
 from tqw import gptq
@@ -132,16 +132,6 @@ def test_different_rotations_are_refused():
     weight, x, config, scale = case(bits="4+4", rotation_strategy="different")
     with pytest.raises(tqw.TqwError, match="expected rotation_strategy 'shared' with method gptq"):
         gptq.quantize_with_feedback(weight, Moments(x.T @ x), config, scale)
-
-
-def inputs_of(model: torch.nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
-    """What a linear reads: [tokens, in]."""
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return torch.cat(seen).flatten(0, -2)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny, token_ids
+from conftest import inputs_of, tiny, token_ids
 
 from tqw.errors import TqwError
 from tqw.gradients import sampled_loss, token_weights
@@ -44,14 +44,8 @@ def test_moments_count_tokens_by_their_weights():
     model, batches = tiny("llama"), [token_ids(3, 7), token_ids(2, 20)]
     name, key = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj|k_proj|v_proj"
     weights = token_weights(model, batches)
-    x = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: x.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for ids in batches:
-            model(input_ids=ids, use_cache=False)
-    handle.remove()
     found = LayerMoments(model, batches, weights=weights)(name)
-    every, w = torch.cat(x), torch.cat(weights[key])
+    every, w = torch.cat([inputs_of(model, name, ids) for ids in batches]), torch.cat(weights[key])
     assert found is not None
     torch.testing.assert_close(found.second, (every * w[:, None]).T @ every / len(every), rtol=1e-3, atol=1e-5)
     assert w.max() > 1.2  # the weights are not all alike
@@ -64,3 +58,19 @@ def test_weights_of_other_batches_are_refused():
         LayerMoments(model, [token_ids(3, 7)], weights={k: [w[0][:9]] for k, w in weights.items()})(
             "model.layers.0.self_attn.q_proj"
         )
+
+
+def test_models_without_known_outputs_are_refused():
+    class Silent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny("llama")
+
+        def get_input_embeddings(self):
+            return self.model.get_input_embeddings()
+
+        def forward(self, input_ids, use_cache):
+            return self.model(input_ids=input_ids, use_cache=use_cache).logits
+
+    with pytest.raises(TqwError, match="found none"):
+        token_weights(Silent(), [token_ids(3, 7)])

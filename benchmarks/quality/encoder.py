@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -196,6 +197,10 @@ def main() -> None:
     extra = {"model": PACKAGE, "text": "pydoc_data.topics", "sentences": len(texts), "tokens": tokens}
     rows = {row["config"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
 
+    @cache
+    def weights_of(source: str) -> dict[str, list[Tensor]]:
+        return token_weights(dense, batches[source])
+
     def add(label: str, bits: float, statistics: str, model: Any) -> None:
         rows[label] = {"config": label, "bits_per_weight": bits, "statistics": statistics}
         rows[label] |= agreement(embed(model, tokenizer, texts), expected)
@@ -212,7 +217,7 @@ def main() -> None:
             gptq = {}
             if source in batches:
                 drift = 1.0 if "drift" in statistics else DRIFT_SHARE
-                weights = token_weights(dense, batches[source]) if "weighted" in statistics else None
+                weights = weights_of(source) if "weighted" in statistics else None
                 moments = LayerMoments(model, batches[source], drift, weights)
                 gptq = {"exponent": GPTQ_EXPONENT, "moments": moments}
             if target:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqw.codebook import nearest_levels
 from tqw.config import WIDTHS, QuantConfig, block_size, format_bits, group_size, padded_features
 from tqw.errors import TqwError
-from tqw.gradients import gradients_of_activations, sampled_loss
+from tqw.gradients import run_backward
 from tqw.model import Decision, Select, by_input, dense_weights, is_tied, kind_of, resolve, tensor_name
 from tqw.scaling import activation_scale, group_scales
 from tqw.weight import empty_weight
@@ -248,23 +248,12 @@ def sensitivities(
         if kind and name:
             weight = dense_weights(module, kind)[""] if kind in ("linear", "conv1d") else None
             watches[name] = _Watch(weight, power.get(tensor_name(name, "")))
-    generator = torch.Generator().manual_seed(0)
     batches = ids[: max(1, _TOKENS // ids.shape[1])].split(1) if isinstance(ids, Tensor) else ids
-    device = next(model.parameters()).device
-    handles = []
-    try:
-        with gradients_of_activations(model):  # its hook first: the embedding's output needs a gradient when watched
-            handles = [model.get_submodule(name).register_forward_hook(w.forward) for name, w in watches.items()]
-            for count, batch in enumerate(batches, 1):
-                output = model(input_ids=batch.to(device), use_cache=False)
-                loss = sampled_loss(output, generator)
-                if loss is None:
-                    return {}
-                loss.backward()
-                if progress is not None:
-                    progress("measure sensitivities", count, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def report(count: int) -> None:
+        if progress is not None:
+            progress("measure sensitivities", count, len(batches))
+
+    run_backward(model, batches, {name: watch.forward for name, watch in watches.items()}, report)
     tokens = sum(batch.numel() for batch in batches)
     return {name: watch.total / tokens for name, watch in watches.items() if watch.reached}

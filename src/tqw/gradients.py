@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ TOKEN_POWER = 0.5  # measured: docs/quality.md
 
 
 @contextmanager
-def gradients_of_activations(model: nn.Module) -> Iterator[None]:
+def _gradients_of_activations(model: nn.Module) -> Iterator[None]:
     """Parameters need no gradient for the while, the embedding's output does."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
@@ -43,6 +43,34 @@ def sampled_loss(output: Any, generator: torch.Generator) -> Tensor | None:
     return None
 
 
+def run_backward(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    hooks: Mapping[str, Callable[..., None]],
+    after: Callable[[int], None],
+) -> None:
+    """One forward and one backward pass of `sampled_loss` for each batch, int64 [sequences, tokens].
+
+    hooks: forward hooks by module name, whose outputs have gradients. after(count): called behind each batch. For
+    outputs not known nothing is run backward.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    handles = []
+    with _gradients_of_activations(model):  # its hook first: the embedding's output needs a gradient when watched
+        try:
+            handles += [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+            for count, batch in enumerate(batches, 1):
+                loss = sampled_loss(model(input_ids=batch.to(device), use_cache=False), generator)
+                if loss is None:
+                    return
+                loss.backward()
+                after(count)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def token_weights(model: nn.Module, batches: Sequence[Tensor], power: float = TOKEN_POWER) -> dict[str, list[Tensor]]:
     """How much an error in what a layer makes of a token matters, by the name of the layer's input.
 
@@ -54,37 +82,33 @@ def token_weights(model: nn.Module, batches: Sequence[Tensor], power: float = TO
     that no gradient reaches are left out. Source: guidance by the end loss (GuidedQuant, arXiv 2505.07004), here with
     one weight for all outputs, and tempered.
     """
-    found: dict[str, dict[int, Tensor]] = {}  # of each batch
-    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {}
+    now: dict[tuple[str, int], Tensor] = {}  # of one batch, by input and number of tokens
 
-    def watch(name: str, batch: int, size: int) -> Any:
+    def watch(name: str) -> Any:
         def forward(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad and output.shape[:-1].numel() == size:
+            if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(backward)
 
         def backward(gradient: Tensor) -> None:
             energy = gradient.float().square().mean(-1).flatten().cpu()
-            parts = found.setdefault(input_name(name), {})
-            parts[batch] = parts[batch] + energy if batch in parts else energy
+            key = input_name(name), len(energy)
+            now[key] = now[key] + energy if key in now else energy
 
         return forward
 
-    linears = {name: module for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")}
-    generator = torch.Generator().manual_seed(0)
-    with gradients_of_activations(model):
-        for count, batch in enumerate(batches):
-            handles = [m.register_forward_hook(watch(name, count, batch.numel())) for name, m in linears.items()]
-            try:
-                loss = sampled_loss(model(input_ids=batch.to(device), use_cache=False), generator)
-                if loss is None:
-                    raise TqwError("expected a model that returns logits or last hidden states, got neither")
-                loss.backward()
-            finally:
-                for handle in handles:
-                    handle.remove()
-    return {
-        name: _normalised(list(parts.values()), power) for name, parts in found.items() if len(parts) == len(batches)
-    }
+    def keep(count: int) -> None:
+        for (key, tokens), energy in now.items():
+            if tokens == batches[count - 1].numel():  # others read tokens of their own, as experts do
+                found.setdefault(key, []).append(energy)
+        now.clear()
+
+    linears = [name for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")]
+    run_backward(model, batches, {name: watch(name) for name in linears}, keep)
+    if not found:
+        raise TqwError("expected linears on which the model's logits or last hidden states depend, found none")
+    complete = {name: parts for name, parts in found.items() if len(parts) == len(batches)}
+    return {name: _normalised(parts, power) for name, parts in complete.items()}
 
 
 def _normalised(parts: list[Tensor], power: float) -> list[Tensor]:
