@@ -20,8 +20,8 @@ from matplotlib.ticker import ScalarFormatter
 RESULT = Path(__file__).resolve().parent.parent / "results" / "quality_peers.json"
 # method -> (first words of its rows, colour, marker)
 METHODS = {
-    "tqw, gptq": ("method=gptq", "#08415c", "D"),
     "tqw, no data": ("calibrate=none", "#6db6d9", "d"),
+    "tqw, gptq": ("method=gptq", "#08415c", "D"),
     "tqw": ("tqw", "#0b6e99", "o"),
     "original recipe": ("original", "#888888", "X"),
     "llama.cpp, imatrix": ("imatrix", "#8c2d04", "^"),
