@@ -201,16 +201,19 @@ def test_zero_and_tiny_inputs(isa):
 
 @pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "4+4"])
 @pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
-def test_dense_rows_are_the_rows_of_the_reference(isa, bits, rotation):
+@pytest.mark.parametrize("in_features, group_size", [(200, 32), (576, 64), (1024, 128), (100, -1)])
+def test_dense_rows_are_the_rows_of_the_reference(isa, bits, rotation, in_features, group_size):
     """The same float32 sums in another order: sqrt(128) roundings of the row's largest weight."""
-    qw = make(40, 200, bits=bits, rotation=rotation, group_size=32, rotation_strategy="different")
+    settings = {"rotation": rotation, "group_size": group_size, "rotation_strategy": "different"}
+    qw = make(40, in_features, bits=bits, **settings)
     ids = torch.tensor([[3, 39], [0, 3]])
     dense = dequantize(qw)
     for chosen, expected in ((None, dense), (ids, dense[ids])):
         rows = cpu.dense_rows(qw, chosen, torch.float32)
         assert rows.shape == expected.shape
         assert (rows - expected).abs().max() <= 16 * 2.0**-24 * dense.norm(dim=-1).max()
-    assert cpu.dense_rows(qw, ids, torch.bfloat16).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(cpu.dense_rows(qw, ids, dtype), cpu.dense_rows(qw, ids, torch.float32).to(dtype))
 
 
 def test_embedding_rejects_ids_outside():

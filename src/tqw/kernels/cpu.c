@@ -845,6 +845,7 @@ EXPORT int64_t tqw_dense(const struct tqw_weight *w, const int64_t *ids, void *y
     task body = dense_portable;
 #if defined(__x86_64__)
     if (isa >= AVX2) body = dense_avx2;
+    if (isa >= AVX512 && w->rotation != QR) body = dense_avx512;
 #endif
     c.rows_per_item = (1 << 16) / w->padded + 1;
     return parallel(body, &c, (count + c.rows_per_item - 1) / c.rows_per_item, threads);

@@ -527,6 +527,19 @@ FAST_INLINE __m512 load_values(const char *x, int64_t i, int64_t left, int dtype
     return dtype == FLOAT16 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// 16 values, those of `valid`.
+FAST_INLINE void store_values(void *y, int64_t i, v16f value, __mmask16 valid, int dtype) {
+    if (dtype == FLOAT32) {
+        _mm512_mask_storeu_ps((float *)y + i, valid, (__m512)value);
+        return;
+    }
+    __m512i bits = (__m512i)value, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);  // to even
+    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    __m256i half = dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(bits) : _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16((uint16_t *)y + i, valid, half);
+}
+
 FAST_INLINE void channel_scales(const uint8_t *channel, int64_t left, const int count, v16f *scale) {
     for (int i = 0; i < count; i++) {
         __m128i bytes = _mm_maskz_loadu_epi8(existing(left - i * 16), channel + i * 16);
@@ -652,6 +665,115 @@ FAST static int columns_avx512(void *job, int64_t item) {
 #undef CASE
             }
     }
+    return 0;
+}
+
+// ---- rows of the dense weight
+
+// Levels of one row and pass, in order: int8[padded], whole tiles.
+FAST_INLINE void expand_tiles(const struct tables *t, const int bits, const uint8_t *packed, int8_t *levels) {
+    const int order = order_of(bits);
+    for (int64_t tile = 0; tile < t->tiles; tile++, levels += t->tile) {
+        __m512i out[2], v[2];
+        decode(t, bits, packed, tile, out);
+        __m128i *to = (__m128i *)levels;
+        for (int f = 0; f < (order == 1 ? 1 : 2); f++) out[f] = _mm512_xor_si512(out[f], _mm512_set1_epi8(-128));
+        if (order == 1) {
+            _mm512_storeu_si512(to, out[0]);
+        } else if (order == 2) {  // out[f] has codes 2 j + f
+            v[0] = _mm512_unpacklo_epi8(out[0], out[1]), v[1] = _mm512_unpackhi_epi8(out[0], out[1]);
+            const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi64(v[0], low, v[1]));
+            _mm512_storeu_si512(to + 4, _mm512_permutex2var_epi64(v[0], high, v[1]));
+        } else {  // the halves of out[f] have codes 4 j + 2 f and 4 j + 2 f + 1
+            __m256i pair[2][2];
+            for (int f = 0; f < 2; f++) {
+                __m256i a = _mm512_castsi512_si256(out[f]), b = _mm512_extracti64x4_epi64(out[f], 1);
+                pair[f][0] = _mm256_unpacklo_epi8(a, b), pair[f][1] = _mm256_unpackhi_epi8(a, b);
+            }
+            for (int i = 0; i < 4; i++) {
+                __m256i a = pair[0][i / 2], b = pair[1][i / 2];
+                __m256i four = i % 2 ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+                _mm_storeu_si128(to + i, _mm256_castsi256_si128(four));
+                _mm_storeu_si128(to + 4 + i, _mm256_extracti128_si256(four, 1));
+            }
+        }
+    }
+}
+
+FAST static void expand_tiles_of(const struct tables *t, int bits, const uint8_t *packed, int8_t *levels) {
+    switch (bits) {
+#define CASE(bits) case bits: expand_tiles(t, bits, packed, levels); break;
+        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
+#undef CASE
+    }
+}
+
+// What the rows of an item share, and one of them; each array holds all passes after one another.
+struct dense_row {
+    struct tables tables[MAX_PASSES];
+    int64_t pitch;   // inputs of one pass: whole tiles
+    float *channel;  // a, with the normalisation of H
+    float *scale;    // of each 16 inputs
+    int8_t *levels;
+};
+
+// Inputs start to start + 16 count of the row whose y starts at `at`.
+FAST_INLINE void dense_block(const struct rows_call *c, const struct dense_row *r, int64_t start, int64_t at, const int count) {
+    const struct tqw_weight *w = c->w;
+    v16f sum[8], v[8];
+    for (int64_t pass = 0; pass < w->passes; pass++) {
+        const int64_t from = pass * r->pitch + start;
+        for (int i = 0; i < count; i++) {
+            __m512i level = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(r->levels + from + i * 16)));
+            v[i] = (v16f)_mm512_cvtepi32_ps(level) * r->scale[from / 16 + i];
+        }
+        if (w->rotation == HADAMARD) walsh_hadamard(v, count);
+        for (int i = 0; i < count; i++) {
+            v[i] *= (v16f)_mm512_loadu_ps(r->channel + from + i * 16);
+            sum[i] = pass ? sum[i] + v[i] : v[i];
+        }
+    }
+    for (int i = 0; i < count; i++) store_values(c->y, at + start + i * 16, sum[i], existing(w->in - start - i * 16), c->dtype);
+}
+
+FAST static void dense_blocks(const struct rows_call *c, const struct dense_row *r, int64_t at) {
+    for (int64_t start = 0; start < c->w->padded; start += c->w->block) switch (c->w->block) {
+#define CASE(block) case block: dense_block(c, r, start, at, block / 16); break;
+            CASE(32) CASE(64) CASE(128)
+#undef CASE
+        }
+}
+
+FAST static int dense_avx512(void *job, int64_t item) {
+    const struct rows_call *c = job;
+    const struct tqw_weight *w = c->w;
+    struct dense_row r = {.pitch = round_up(w->padded, 128)};
+    const float norm = w->rotation == HADAMARD ? 1 / sqrtf((float)w->block) : 1;
+    r.channel = malloc((size_t)(w->passes * r.pitch) * 6);
+    if (!r.channel) return NO_MEMORY;
+    r.scale = r.channel + w->passes * r.pitch;
+    r.levels = (int8_t *)(r.scale + w->passes * r.pitch / 16);
+    for (int64_t pass = 0; pass < w->passes; pass++) {
+        make_tables(w, &w->pass[pass], &r.tables[pass]);
+        v16f a;
+        for (int64_t i = 0; i < w->padded; i += 16) {
+            channel_scales(w->pass[pass].channel + smaller(i, w->in), w->in - i, 1, &a);
+            _mm512_storeu_ps(r.channel + pass * r.pitch + i, (__m512)(a * norm));
+        }
+    }
+    for (int64_t i = item * c->rows_per_item; i < smaller((item + 1) * c->rows_per_item, c->count); i++) {
+        const int64_t row = c->ids ? c->ids[i] : i;
+        for (int64_t pass = 0; pass < w->passes; pass++) {
+            const struct tqw_pass *p = &w->pass[pass];
+            expand_tiles_of(&r.tables[pass], (int)p->bits, p->packed + row * r.tables[pass].row_bytes, r.levels + pass * r.pitch);
+            float *to = r.scale + pass * r.pitch / 16;
+            for (int64_t g = 0; g < r.tables[pass].groups; g++)
+                for (int64_t k = 0; k < w->group; k += 16) *to++ = half_to_float(p->scale[row * r.tables[pass].groups + g]);
+        }
+        dense_blocks(c, &r, i * w->in);
+    }
+    free(r.channel);
     return 0;
 }
 
