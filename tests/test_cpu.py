@@ -201,7 +201,7 @@ def test_zero_and_tiny_inputs(isa):
 
 @pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "4+4"])
 @pytest.mark.parametrize("rotation", ["hadamard", "qr", "none"])
-@pytest.mark.parametrize("in_features, group_size", [(200, 32), (576, 64), (1024, 128), (100, -1)])
+@pytest.mark.parametrize(("in_features", "group_size"), [(200, 32), (576, 64), (1024, 128), (100, -1)])
 def test_dense_rows_are_the_rows_of_the_reference(isa, bits, rotation, in_features, group_size):
     """The same float32 sums in another order: sqrt(128) roundings of the row's largest weight."""
     settings = {"rotation": rotation, "group_size": group_size, "rotation_strategy": "different"}

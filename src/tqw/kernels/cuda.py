@@ -426,11 +426,16 @@ class _Plan:
         return self.plane_bytes + 4 * self.scale_count + order
 
 
-def _shares(tiles: int, strips: int, warps: int = 16) -> tuple[int, int]:
-    """Warps of a CTA, about so many, and how many of them share the tiles of each of its `strips` evenly."""
+def _shares(tiles: int, strips: int, warps: int = 16, each: float = 1) -> tuple[int, int]:
+    """Warps of a CTA, about so many, and how many of them share the tiles of each of its `strips` evenly.
+
+    each: strips of a multiprocessor. Few tiles are shared by fewer warps, which take two turns, for more strips at
+    once: to add up their sums takes as long as a turn."""
     most = warps * 5 // 4
     if strips == 1 and tiles <= most:
-        return tiles, tiles
+        strips = next(n for n in (4, 2, 1) if n == 1 or (n < 2 * each and 2 * (most // n) >= tiles))
+        share = -(-tiles // -(-tiles // (most // strips)))
+        return share * strips, share
     shares = (share for share in range(1, tiles + 1) if warps // 2 <= share * strips <= most)
     turns = {share: -(-tiles // share) for share in shares}
     share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - warps), default=tiles)
@@ -454,7 +459,8 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     # one launch, unless it takes too long to transform all inputs in every CTA
     fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8)
+    each = strips / device.multiprocessors
+    warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8, each)
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
