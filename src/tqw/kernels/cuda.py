@@ -461,6 +461,13 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     each = strips / device.multiprocessors
     warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8, each)
+    if many and split == 1 and 8 < tokens <= _DECODE_TOKENS and tiles > 20:
+
+        def turns(shares: tuple[int, int]) -> float:
+            """Of 16 warps, in all; to add up the sums of so many tokens takes 0.4 of one, for one strip or for two."""
+            return -(-each * shares[1] // shares[0]) * (-(-tiles // shares[1]) * shares[0] / 16 + 0.4)
+
+        warps, share = min((warps, share), _shares(tiles, 2), key=turns)
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
