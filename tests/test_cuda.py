@@ -53,13 +53,21 @@ def check(
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+@pytest.fixture(params=[0, cuda._SMALL_WEIGHTS], ids=["middle", "dense"])
+def small_weights(request, monkeypatch) -> None:
+    """Hundreds of tokens of few weights both ways: by middle.cu, as large layers have them, and by dense rows."""
+    monkeypatch.setattr(cuda, "_SMALL_WEIGHTS", request.param)
+    cuda._plan.cache_clear()
+    cuda._READY.clear()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("in_features", [576, 100, 11008])
 @pytest.mark.parametrize("out_features", [1, 17])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130, 512])
 @pytest.mark.parametrize("dtype", list(ROUND_OFF))
-def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype):
+def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype, small_weights):
     qw = make(out_features, in_features)
     x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
     check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
@@ -97,7 +105,7 @@ def test_several_groups_in_a_tile(bits, group_size, out_features, in_features):
 @needs_gpu
 @pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8", "4+4", "3+2"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
-def test_widths_and_groups(bits, group_size):
+def test_widths_and_groups(bits, group_size, small_weights):
     qw = make(40, 1024, bits=bits, group_size=group_size)
     for tokens in (1, 9, 300):
         x = torch.randn(tokens, 1024).cuda().half()

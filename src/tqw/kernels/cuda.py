@@ -41,6 +41,7 @@ _NARROW_TOKENS = 24  # up to here where T(x) is one plane, of few inputs, and ou
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _COARSE_TOKENS = 128  # up to here middle.cu keeps T(x) in 8 bits, too
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
+_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
@@ -542,6 +543,8 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    if base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS:
         return None
     _, wide = _sizes(base, out, device)
     if base.planes == 1 and len(base.bits) == 1 and base.group % 128 == 0 and tokens <= _COARSE_TOKENS:
