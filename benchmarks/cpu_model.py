@@ -117,7 +117,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
-                print(f"{name}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)  # noqa: T201
+                lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+                print(f"{name}: {lines[-1]}", file=sys.stderr)  # noqa: T201
                 continue
             speeds[name].append(json.loads(result.stdout.strip().splitlines()[-1]))
     rows = [
