@@ -528,16 +528,17 @@ FAST_INLINE __m512 load_values(const char *x, int64_t i, int64_t left, int dtype
 }
 
 // 16 values, those of `valid`.
-FAST_INLINE void store_values(void *y, int64_t i, v16f value, __mmask16 valid, int dtype) {
+FAST_INLINE void store_values(void *y, int64_t i, __m512 value, __mmask16 valid, int dtype) {
     if (dtype == FLOAT32) {
-        _mm512_mask_storeu_ps((float *)y + i, valid, (__m512)value);
-        return;
+        _mm512_mask_storeu_ps((float *)y + i, valid, value);
+    } else if (dtype == FLOAT16) {
+        _mm256_mask_storeu_epi16((uint16_t *)y + i, valid, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    } else {  // to the nearest, ties to even; not every AVX-512 has an instruction for it
+        __m512i bits = (__m512i)value, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+        bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+        _mm256_mask_storeu_epi16((uint16_t *)y + i, valid, _mm512_cvtepi32_epi16(bits));
     }
-    __m512i bits = (__m512i)value, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);  // to even
-    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    __m256i half = dtype == BFLOAT16 ? _mm512_cvtepi32_epi16(bits) : _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_mask_storeu_epi16((uint16_t *)y + i, valid, half);
 }
 
 FAST_INLINE void channel_scales(const uint8_t *channel, int64_t left, const int count, v16f *scale) {
@@ -734,7 +735,7 @@ FAST_INLINE void dense_block(const struct rows_call *c, const struct dense_row *
             sum[i] = pass ? sum[i] + v[i] : v[i];
         }
     }
-    for (int i = 0; i < count; i++) store_values(c->y, at + start + i * 16, sum[i], existing(w->in - start - i * 16), c->dtype);
+    for (int i = 0; i < count; i++) store_values(c->y, at + start + i * 16, (__m512)sum[i], existing(w->in - start - i * 16), c->dtype);
 }
 
 FAST static void dense_blocks(const struct rows_call *c, const struct dense_row *r, int64_t at) {
@@ -968,13 +969,6 @@ BF16_FAST static void multiply_any(const char *x, int64_t next_half, const uint8
     }
 }
 
-// 16 outputs of which `valid` exist.
-BF16_INLINE void store_outputs(void *y, int64_t at, __m512 value, __mmask16 valid, int dtype) {
-    if (dtype == FLOAT32) _mm512_mask_storeu_ps((float *)y + at, valid, value);
-    else if (dtype == BFLOAT16) _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, (__m256i)_mm512_cvtneps_pbh(value));
-    else _mm256_mask_storeu_epi16((uint16_t *)y + at, valid, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
-
 // y[panel of 32 rows, `pitch` floats each][tokens][32] + bias -> the outputs of `rows` rows, token by token: those
 // of the next token are as far away as memory goes from row to row.
 BF16_INLINE void finish_rows(const struct call *c, int64_t token, int64_t tokens, int64_t row, int64_t rows, const int dtype,
@@ -990,8 +984,8 @@ BF16_INLINE void finish_rows(const struct call *c, int64_t token, int64_t tokens
                 _mm512_storeu_si512((uint16_t *)c->y + at + r, (__m512i)_mm512_cvtne2ps_pbh(high, low));
                 continue;
             }
-            store_outputs(c->y, at + r, low, existing(rows - r), dtype);
-            if (rows - r > 16) store_outputs(c->y, at + r + 16, high, existing(rows - r - 16), dtype);
+            store_values(c->y, at + r, low, existing(rows - r), dtype);
+            if (rows - r > 16) store_values(c->y, at + r + 16, high, existing(rows - r - 16), dtype);
         }
 }
 

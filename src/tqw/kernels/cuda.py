@@ -443,6 +443,12 @@ def _shares(tiles: int, strips: int, warps: int = 16, each: float = 1) -> tuple[
     return share * strips, share
 
 
+def _turns(tiles: int, each: float, warps: int, share: int) -> float:
+    """Turns of 16 warps that the strips of a multiprocessor take; for 9 to 16 tokens adding up the sums takes 0.4 of
+    one, however many strips a CTA works on at once."""
+    return -(-each * share // warps) * (-(-tiles // share) * warps / 16 + 0.4)
+
+
 def _sizes(base: Variant, out: int, device: _Device) -> tuple[bool, bool]:
     """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
     return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
@@ -463,12 +469,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     each = strips / device.multiprocessors
     warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8, each)
     if many and split == 1 and 8 < tokens <= _DECODE_TOKENS and tiles > 20:
-
-        def turns(shares: tuple[int, int]) -> float:
-            """Of 16 warps, in all; to add up the sums of so many tokens takes 0.4 of one, for one strip or for two."""
-            return -(-each * shares[1] // shares[0]) * (-(-tiles // shares[1]) * shares[0] / 16 + 0.4)
-
-        warps, share = min((warps, share), _shares(tiles, 2), key=turns)
+        warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
