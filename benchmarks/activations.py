@@ -1,7 +1,8 @@
-"""What rounded activations cost: KLD of the demo model with float32 activations, with the CPU kernels' int8, and with
-the CUDA backend's fp8, whose rounding (of T(x) and of V, see `_many_fp8`) is repeated here in float32.
+"""What rounded activations cost: KLD of the demo model with activations in float32, as the CPU kernels round them (8
+bits, a scale for each 32 to 128 inputs), and as the CUDA kernel for 129 tokens and more does (8 bits with a scale for
+each token, and weights of 8 bits with a scale for each row: prefill.cu), repeated here in float32.
 
-python benchmarks/activations.py -o benchmarks/results/activations.json
+python benchmarks/activations.py --bits 4,3 --max-tokens 8192 -o benchmarks/results/activations.json
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from tqw import kernels
 from tqw.cli import _text
+from tqw.codebook import levels
 from tqw.config import QuantConfig
 from tqw.evaluate import evaluate, reference_log_probabilities, windows
-from tqw.kernels import cpu, cuda
 from tqw.model import quantize_model
 from tqw.pretrained import calibration_ids, calibration_power
 from tqw.report import document
@@ -29,21 +29,31 @@ from tqw.source import DEMO, find, load_float, load_tokenizer
 from tqw.weight import QuantizedWeight, sum_of_passes, transform
 
 
-def fp8_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """T(x) V^T + b with both operands rounded to e4m3: T(x) over a scale for each token, V times a power of two."""
+def float_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """T(x) V^T + b as it is."""
     t = transform(x.float(), qw.channel_scale[0], qw.matrix(x))
-    scale = (t.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-30)
-    factor, back = cuda._fp8_scale(qw)
-    v = (sum_of_passes(qw) * factor).to(torch.float8_e4m3fn).float()
-    y = (t / scale).to(torch.float8_e4m3fn).float() @ v.T * back * scale
+    y = t @ sum_of_passes(qw).T
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def prefill_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """T(x) V^T + b with both operands rounded to 8 bits: a scale for each token, one for each row of V."""
+    t = transform(x.float(), qw.channel_scale[0], qw.matrix(x))
+    step_of_t = (t.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    step_of_v = qw.weight_scale[0].float().abs().amax(-1, keepdim=True) * max(levels(qw.bits[0])) / 127
+    v = (sum_of_passes(qw) / step_of_v.clamp(min=1e-30)).round() * step_of_v
+    y = (t / step_of_t).round() * step_of_t @ v.T
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+LINEARS = {"float": float_linear, "int8 of a token": prefill_linear}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--bits", default="4", help="comma-separated")
-    parser.add_argument("--activations", default="float,int8,fp8", help="float is slow")
+    parser.add_argument("--activations", default="float,int8,int8 of a token", help="comma-separated")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     source = find(DEMO)
@@ -57,12 +67,9 @@ def main() -> None:
         quantized = copy.deepcopy(model)
         quantize_model(quantized, QuantConfig(bits=bits, group_size=64), input_power=power)
         for activations in arguments.activations.split(","):
-            if activations == "fp8":
-                with mock.patch.object(kernels, "_choose", return_value=SimpleNamespace(linear=fp8_linear)):
-                    quality = evaluate(quantized, ids, reference)
-            else:
-                os.environ["TQW_CPU_ACTIVATIONS"] = activations
-                cpu.settings.cache_clear()
+            linear = LINEARS.get(activations)
+            choice = mock.patch.object(kernels, "_choose", return_value=SimpleNamespace(linear=linear))
+            with choice if linear else nullcontext():
                 quality = evaluate(quantized, ids, reference)
             rows.append({"bits": bits, "activations": activations, "mean_kl_divergence": quality.mean_kl_divergence})
             print(rows[-1], flush=True)  # noqa: T201

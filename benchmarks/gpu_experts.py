@@ -111,7 +111,7 @@ def check(call: Call, qw: QuantizedWeight, results: dict[str, Tensor]) -> dict[s
         mine = experts == expert
         exact[mine] = call.x[pairs[mine] // call.ids.shape[1]].double() @ dequantize(qw[expert]).double().T
     # bfloat16 rounds weights and output to 2^-9
-    return {name: bench.checked_error(name, y[pairs], exact, 1e-2) for name, y in results.items()}
+    return {name: bench.checked_error(name, y[pairs], exact, 2e-2) for name, y in results.items()}
 
 
 def unordered(y: Tensor, order: Tensor) -> Tensor:

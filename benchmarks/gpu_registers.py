@@ -35,16 +35,19 @@ LINEARS = {  # the weight, and the tokens of the decode kernel
     "16 tokens, 6 bits": (replace(BASE, bits=(6,), planes=2), 16),
     "24 tokens": (BASE, 24),
 }
+PREFILL = replace(BASE, coarse=True, prefill=True, warpgroups=2, cluster=2)
 HOPPER = {
     "64 tokens, 8 bits of T(x)": replace(BASE, columns=64, stages=6, warpgroups=2, min_ctas=2, coarse=True),
     "128 tokens, 8 bits of T(x)": replace(BASE, columns=128, stages=6, warpgroups=2, coarse=True),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
+    "prefill": replace(PREFILL, columns=256, stages=4),
+    "prefill, few tokens": replace(PREFILL, columns=128, stages=3, split=2),
+    "prefill, 3 bits": replace(PREFILL, bits=(3,), columns=256, stages=4),
     "experts, 128 pairs each": replace(BASE, experts=True, columns=128, warpgroups=2, stages=3, min_ctas=2),
     "experts, 256 pairs each": replace(BASE, experts=True, columns=256, warpgroups=2, stages=2),
 }
-FP8 = {"fp8 operands": replace(BASE, fp8=True)}
 _ENTRY = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
 )
@@ -67,7 +70,7 @@ def main() -> None:
     for arch in ARCHITECTURES:
         device = cuda._Device(0, arch, 132, 0, clusters=arch in ("sm_90a", "sm_100", "sm_120"))
         decode = {name: cuda._decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()}
-        variants = decode | (HOPPER if arch == "sm_90a" else {}) | ({} if arch in ("sm_80", "sm_86") else FP8)
+        variants = decode | (HOPPER if arch == "sm_90a" else {})
         for name, variant in variants.items():
             rows += rows_of(name, variant, arch)
     for row in rows:

@@ -4,8 +4,8 @@
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
 The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
-few several groups wide middle experts dense. `--every-lane` compiles the 8-bit kernel for 17 to 128 tokens so that
-racecheck follows it (EVERY_LANE in middle.cu); without it, it reports hazards there that are none. Values are not
+few several groups wide middle prefill experts dense. `--every-lane` compiles the 8-bit kernel for 17 to 128 tokens so
+that racecheck follows it (EVERY_LANE in middle.cu); without it, it reports hazards there that are none. Values are not
 compared: that is what test_cuda.py does.
 """
 
@@ -54,9 +54,9 @@ def experts(tokens: int, bits: str) -> None:
     kernels.experts(torch.randn(tokens, 512, device="cuda").bfloat16(), weight(40, 512, bits, experts=5), ids)
 
 
-def fp8() -> None:
-    with mock.patch.object(cuda, "_fp8_wanted", return_value=True):
-        linear(weight(64, 512), 400, torch.bfloat16)
+def prefill(out_features: int, in_features: int, tokens: int, bits: str) -> None:
+    with mock.patch.object(cuda, "_SMALL_WEIGHTS", 0):
+        linear(weight(out_features, in_features, bits), tokens, torch.bfloat16)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -76,12 +76,15 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for out_features, in_features, tokens in MIDDLE:
         for dtype in (torch.float32, torch.bfloat16):
             yield "middle", lambda o=out_features, i=in_features, t=tokens, d=dtype: linear(weight(o, i), t, d)
+    for bits in ("2", "3", "4"):
+        yield "prefill", lambda b=bits: prefill(264, 640, 200, b)  # pairs of CTAs with the same tokens
+        yield "prefill", lambda b=bits: prefill(264, 1024, 200, b)  # pairs that share the inputs
+    yield "prefill", lambda: prefill(4096, 512, 2100, "4")  # several tiles of outputs for each CTA
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")
     yield "experts", lambda: experts(200, "4+4")
     yield "dense", lambda: linear(weight(40, 512), 2000, torch.bfloat16)
     yield "dense", lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
-    yield "dense", fp8
 
 
 def main() -> None:

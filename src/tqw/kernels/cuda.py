@@ -1,15 +1,16 @@
 """CUDA backend: linear.cu, compiled at run time by NVRTC through cuda.bindings (both come with torch).
 
-Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens to hundreds, on
-Hopper: the tensor cores' larger products (middle.cu). Many: y = x dense^T by slices of rows, dense from one kernel, the
-product from cuBLAS; never more than one slice in memory.
+Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens, on Hopper: the
+tensor cores' larger products (middle.cu). Hundreds and more: their products of int8 (prefill.cu), or where V must not
+be rounded to 8 bits, y = x dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than
+one slice in memory.
 T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
 more of 16-bit inputs and weights below 6 bits, to 8:
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
-TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits, fp8 rounds T(x) and V of long inputs to e4m3; docs/kernels.md states what
-that costs.
+From 129 tokens on (65 of many outputs), weights of up to 4 bits, one scale serves a whole token, and V is rounded to 8
+bits, too (see the head of prefill.cu). TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits; docs/kernels.md states what 8 cost.
 Nothing here asks the GPU anything before the first call.
 """
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
+import math
 import os
 import threading
 from contextlib import contextmanager, suppress
@@ -42,6 +45,10 @@ _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _COARSE_TOKENS = 128  # up to here middle.cu keeps T(x) in 8 bits, too
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
+_PREFILL_TOKENS = 129  # from here on prefill.cu where both operands may have 8 bits and weights are not few
+_PREFILL_MANY_TOKENS = 65  # of so many outputs that half of the multiprocessors have 128 of them or more
+_PREFILL_BITS = 4  # beyond, rounding V to 8 bits costs more than a twentieth of the quantization error
+_PREFILL_BYTES = 64 << 20  # of T(x) at once; more tokens come in turns
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
@@ -50,7 +57,6 @@ _PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, 
 _GROUPED_PAIRS = 1.5  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
-_FP8_TOKENS = 384  # with fp8 activations: from here on the library's product wins (H100)
 
 
 class _Params(ctypes.Structure):
@@ -108,19 +114,19 @@ class Variant:
     min_ctas: int = 1
     small: bool = False
     experts: bool = False
-    fp8: bool = False
     columns: int = 0  # of middle.cu; 0: not part of the module
     warpgroups: int = 1
     stages: int = 4
     spread: int = 1
     coarse: bool = False
+    prefill: bool = False  # prefill.cu instead of middle.cu
 
     def source(self) -> str:
         macros = {
             "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
-            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate and not self.fp8),
-            "ROTATE_X": int(self.rotate), "SCALED": int(self.scaled and not self.fp8), "FP8": int(self.fp8),
-            "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles, "FUSED": int(self.fused),
+            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
+            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles,
+            "FUSED": int(self.fused),
             "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
@@ -133,7 +139,7 @@ class Variant:
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
                 "COARSE": int(self.coarse), **_wgmma(self.columns, self.coarse),
             }  # fmt: skip
-            files.append("middle.cu")
+            files += ["wgmma.cu", *["route.cu"] * self.experts, "prefill.cu" if self.prefill else "middle.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
@@ -160,6 +166,12 @@ class Variant:
         """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
         stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
         return stages + 16 * self.stages + 4 * self.columns
+
+    def prefill_bytes(self) -> int:
+        """Dynamic shared memory of the prefill kernel: stages, outputs, barriers, token scales of two tiles."""
+        rows = 64 * self.warpgroups
+        stage = -(-(self.columns * 128 + rows * 16 * self.bits[0] + 4 * rows) // 1024) * 1024
+        return self.stages * (stage + 16) + self.warpgroups * self.columns * 64 * self.split + 8 * self.columns
 
 
 def _wgmma(columns: int, coarse: bool) -> dict[str, str]:
@@ -302,7 +314,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
         try:
             module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
             function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name in ("tqw_decode", "tqw_middle", "tqw_route"):
+            if name in ("tqw_decode", "tqw_middle", "tqw_prefill", "tqw_route"):
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -423,7 +435,7 @@ class _Plan:
 
     def scratch_bytes(self, pairs: int) -> int:
         """T(x), its scales and, for blocks of pairs, the order of the pairs."""
-        order = 8 * self.blocks + 4 * self.scale_count + 4 * pairs if self.blocks else 0
+        order = 8 * (self.blocks + 1) + 4 * self.scale_count + 4 * pairs if self.blocks else 0
         return self.plane_bytes + 4 * self.scale_count + order
 
 
@@ -626,15 +638,79 @@ def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _P
     return _Plan(bytes_of_x, 0 if variant.coarse else tokens, (spread, product))
 
 
+def _prefill_turn(base: Variant) -> int:
+    """Tokens that the prefill kernel takes at once."""
+    return max(1024, _PREFILL_BYTES // base.padded_in // 1024 * 1024)
+
+
+def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
+    """The variant of prefill.cu that takes the fewest cycles; None: better by another way.
+
+    Measured on one H100. To decode takes a step (128 inputs) as long as 260 tokens, whatever their number."""
+    if not _takes_8_bits(base, out, device) or out * base.padded_in <= _SMALL_WEIGHTS or tokens > _prefill_turn(base):
+        return None
+    steps, pairs = -(-base.padded_in // 256) * 2, device.multiprocessors // 2
+    if tokens < (_PREFILL_TOKENS if out <= 128 * pairs else _PREFILL_MANY_TOKENS):
+        return None
+
+    def cost(columns: int, split: int) -> float:
+        rows, blocks = 256 // split, -(-tokens // columns)  # of the two CTAs of a cluster
+        turns = -(-(-(-out // rows) * blocks) // pairs)
+        if split == 2 and (turns > 1 or steps % 4 or steps < 8):
+            return math.inf
+        return turns * (steps // split * (260 + columns) + 4 * columns)
+
+    columns, split = min(itertools.product((256, 192, 128), (1, 2)), key=lambda division: cost(*division))
+    return _prefill_of(base, columns, split)
+
+
+def _takes_8_bits(base: Variant, out: int, device: _Device) -> bool:
+    """Whether prefill.cu takes such a weight."""
+    if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) > 1:
+        return False
+    return base.bits[0] <= _PREFILL_BITS and base.group % 128 == out % 8 == 0 and 512 <= base.padded_in <= 1 << 17
+
+
+def _prefill_of(base: Variant, columns: int, split: int = 1) -> Variant:
+    """Two CTAs of two warpgroups to a cluster, with as many stages as fit."""
+    stages = min(3 if split == 2 else 4 if columns == 256 else 5, -(-base.padded_in // 256) * 2 // split)
+    return replace(
+        base, columns=columns, warpgroups=2, cluster=2, split=split, stages=stages, coarse=True, prefill=True
+    )
+
+
+def _prefill_launches(
+    variant: Variant, columns: int, tokens: int, out: int, device: _Device
+) -> tuple[_Launch, _Launch]:
+    """T(x) of `tokens`, the product of at most so many columns."""
+    function, threads = _function(variant, "tqw_prefill", device), 128 * variant.warpgroups + 128
+    rows = 64 * variant.warpgroups * variant.cluster // variant.split
+    tiles = -(-out // rows) * (columns // variant.columns)
+    if variant.split == 1:  # else each cluster takes one tile
+        tiles = min(tiles, _resident(function, threads, variant.cluster, device))
+    spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
+    product = _Launch(function, (tiles * variant.cluster, 1), threads, variant.prefill_bytes(), device, variant.cluster)
+    return spread, product
+
+
+def _prefill_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
+    columns = -(-tokens // variant.columns) * variant.columns
+    launches = _prefill_launches(variant, columns, tokens, out, device)
+    return _Plan(columns * -(-variant.padded_in // 256) * 256, columns, launches)
+
+
 @lru_cache(maxsize=4096)
-def _grouped_variant(base: Variant, pairs: int, count: int, device: _Device) -> Variant | None:
-    """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
+def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _Device) -> Variant | None:
+    """The variant of middle.cu or prefill.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for
+    this GPU."""
     if pairs <= _GROUPED_PAIRS * count or not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     if _route_bytes(count) > device.shared_bytes:
         return None
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
     columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
+    if pairs >= _PREFILL_TOKENS * count and _takes_8_bits(base, out, device):
+        return _prefill_of(replace(base, experts=True), max(128, columns))
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
@@ -656,11 +732,14 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
 
 def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
+    columns = blocks * variant.columns
     route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
+    if variant.prefill:
+        launches = _prefill_launches(variant, columns, pairs, out, device)
+        return _Plan(columns * -(-variant.padded_in // 256) * 256, columns, (route, *launches), blocks=blocks)
     spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
     grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
     product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
-    columns = blocks * variant.columns
     return _Plan(2 * columns * variant.padded_in, columns, (route, spread, product), blocks=blocks)
 
 
@@ -668,18 +747,18 @@ def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _D
 def _expert_plan(base: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan | None:
     """The launches for so many pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
     each pair reads its expert's codes. None: not even one token fits."""
-    grouped = _grouped_variant(base, pairs, count, device)
+    grouped = _grouped_variant(base, pairs, count, out, device)
     if grouped is not None:
         return _grouped_plan(grouped, pairs, count, out, device)
     return _decode_plan(_decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
 
 
 @lru_cache(maxsize=4096)
-def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, device: _Device) -> int:
+def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int, device: _Device) -> int:
     """Tokens of one turn: the fewest turns that keep T(x) of blocks of pairs below _PLANE_BYTES."""
 
     def fits(step: int) -> bool:
-        variant = _grouped_variant(base, step * choices, count, device)
+        variant = _grouped_variant(base, step * choices, count, out, device)
         if variant is None:
             return True
         blocks = _most_blocks(step * choices, count, variant.columns)
@@ -697,6 +776,9 @@ def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
+    variant = _prefill_variant(base, tokens, out, device)
+    if variant is not None:
+        return _prefill_plan(variant, tokens, out, device)
     variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None
     return None if variant is None else _middle_plan(variant, tokens, out, device)
 
@@ -711,7 +793,6 @@ class _Ready:
         self.size = dtype.itemsize
         self.plans: dict[int, _Plan | None] = {}
         self.dequantize: dict[int, _Launch] = {}  # by rows
-        self.fp8_scale: tuple[Tensor, Tensor] | None = None
 
     def plan(self, tokens: int) -> _Plan | None:
         if tokens not in self.plans:
@@ -740,7 +821,7 @@ class _Ready:
         if plan.blocks:
             params.tokens, params.blocks = pairs, plan.blocks
             params.block = params.plane_scale + 4 * plan.scale_count
-            params.pair = params.block + 8 * plan.blocks
+            params.pair = params.block + 8 * (plan.blocks + 1)
             params.column = params.pair + 4 * plan.scale_count
         for launch in plan.launches:
             launch(params)
@@ -797,65 +878,9 @@ def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
 @lru_cache(maxsize=1)
 def _activations() -> str:
     activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "int8")
-    if activations not in ("exact", "int8", "fp8"):
-        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact, int8 or fp8, got {activations!r}")
+    if activations not in ("exact", "int8"):
+        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact or int8, got {activations!r}")
     return activations
-
-
-def _fp8_wanted() -> bool:
-    return _activations() == "fp8"
-
-
-def _fp8_fits(x: Tensor, qw: QuantizedWeight, ready: _Ready) -> bool:
-    """Enough tokens for the library's fp8 product to win, shapes that it takes, scales settled (not in a capture)."""
-    return (
-        x.shape[0] >= _FP8_TOKENS
-        and x.dtype == torch.bfloat16
-        and qw.rotation != "qr"
-        and ready.padded % 16 == 0
-        and ready.padded <= 16384
-        and ready.out % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-        and (ready.fp8_scale is not None or not torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _fp8_scale(qw: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """2^e [1] and 2^-e [1, out], on the device: 2^e V is at most 448 and uses the range of e4m3."""
-    passes = zip(qw.weight_scale, qw.bits, strict=True)
-    largest = sum(scale.abs().max().float() * max(map(abs, levels(bits))) for scale, bits in passes)
-    exponent = torch.floor(torch.log2(448 / torch.as_tensor(largest).clamp(min=1e-30)))
-    return torch.exp2(exponent), torch.exp2(-exponent).expand(1, qw.out_features).contiguous()
-
-
-def _many_fp8(x: Tensor, y: Tensor, ready: _Ready, qw: QuantizedWeight, bias: Tensor | None) -> None:
-    """y = T(x) V^T + b with both operands rounded to e4m3: a scale for each token, one for V. By slices of rows."""
-    if ready.fp8_scale is None:
-        ready.fp8_scale = _fp8_scale(qw)
-    tokens, padded = x.shape[0], ready.padded
-    variant = replace(ready.dense, fp8=True)
-    inputs = torch.empty(tokens, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    input_scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
-    params = _Params.from_buffer_copy(ready.params)
-    params.x, params.x_stride, params.tokens = x.data_ptr(), x.stride(0), tokens
-    params.planes, params.plane_scale = inputs.data_ptr(), input_scale.data_ptr()
-    params.vectors = not (params.x % 16 or params.x_stride * 2 % 16 or params.channel % 8 or x.shape[1] % 8)
-    _Launch(_function(variant, "tqw_fp8_inputs", ready.device), (tokens, 1), 256, 0, ready.device)(params)
-
-    step = max(256, 2 * _SLICE_BYTES // padded // 256 * 256)
-    weight = torch.empty(min(step, ready.out), padded, dtype=torch.float8_e4m3fn, device=x.device)
-    factor, weight_scale = ready.fp8_scale
-    params.in_, params.y, params.plane_scale, params.vectors = padded, weight.data_ptr(), factor.data_ptr(), 1
-    for first in range(0, ready.out, step):
-        rows = min(step, ready.out - first)
-        params.first_row, params.tokens = first, rows
-        _dequantize_launch(variant, rows, ready.device)(params)
-        torch.ops.aten._scaled_mm.out(
-            inputs, weight[:rows].T, input_scale, weight_scale[:, first : first + rows], out_dtype=x.dtype,
-            use_fast_accum=True, out=y[:, first : first + rows],
-        )  # fmt: skip
-    if bias is not None:
-        y += bias
 
 
 def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -865,14 +890,11 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
     if tokens == 0:
         return y
     ready = _ready(qw, x)
-    if _fp8_wanted() and _fp8_fits(x, qw, ready):
-        _many_fp8(x, y, ready, qw, bias)
-        return y
     plan = ready.plan(tokens)
     if plan is not None:
         ready.run(x, y, bias, plan)
         return y
-    chunk = _chunk(ready, tokens) if tokens < _DENSE_TOKENS else None
+    chunk = _chunk(ready, tokens)
     if chunk is None:
         _many(x, y, ready, bias)
         return y
@@ -885,8 +907,12 @@ def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Ten
 
 
 def _chunk(ready: _Ready, tokens: int) -> int | None:
-    """Tokens of one launch when all do not fit in one: the most that fit, shared out evenly."""
-    chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
+    """Tokens of one turn when all do not fit in one: the most that fit, shared out evenly. None: by dense rows."""
+    chunk = None
+    if tokens < _DENSE_TOKENS:
+        chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
+    elif tokens > (most := _prefill_turn(ready.base)) and _prefill_variant(ready.base, most, ready.out, ready.device):
+        chunk = most
     return chunk and -(-tokens // -(-tokens // chunk))
 
 
@@ -918,7 +944,7 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
         with torch.cuda.device(x.device):
             ready, bias = _ready(qw, x), bias if bias is None else bias.contiguous()
             (tokens, choices), count = ids.shape, qw.packed[0].shape[0]
-            step = _expert_tokens(ready.base, tokens, choices, count, ready.device)
+            step = _expert_tokens(ready.base, tokens, choices, count, ready.out, ready.device)
             for first in range(0, tokens, step):
                 turn = slice(first, first + step)
                 plan = _expert_plan(ready.base, ids[turn].numel(), count, ready.out, ready.device)
@@ -942,12 +968,12 @@ def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor |
     variant, device, pairs, count = _variant(qw, x.dtype), _device(x.device.index), ids.numel(), qw.packed[0].shape[0]
     if pairs == 0:
         return None
-    grouped = _grouped_variant(variant, pairs, count, device) is not None
+    grouped = _grouped_variant(variant, pairs, count, qw.out_features, device) is not None
     most = min(_MIDDLE_TOKENS * count, _MOST_PAIRS) if grouped else _PAIRS_PER_EXPERT * count
     if pairs > most and not torch.cuda.is_current_stream_capturing():
         return f"{pairs} pairs for {count} experts: a product for each expert is faster"
     with torch.cuda.device(x.device):
-        step = _expert_tokens(variant, len(ids), pairs // len(ids), count, device)
+        step = _expert_tokens(variant, len(ids), pairs // len(ids), count, qw.out_features, device)
         plan = _expert_plan(variant, step * pairs // len(ids), count, qw.out_features, device)
     return None if plan is not None else "one token's inputs do not fit in shared memory"
 

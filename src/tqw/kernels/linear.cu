@@ -15,7 +15,6 @@
 // TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
-// FP8        1: the module makes e4m3 operands for a library's product, from V (no rotation back) and from T(x)
 // PLANES     of T(x): 2, or 1 with less work for many tokens
 // NT         columns tiles of 8 / PLANES tokens      FUSED     0: tqw_transform comes first
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
@@ -51,7 +50,7 @@ struct Params {
   int experts, choices;  // EXPERTS: weights stacked in `packed`, rows of y for each row of x
 #if EXPERTS && defined(COLUMNS)
   int blocks;   // places for blocks of at most COLUMNS pairs (token, expert) of one expert
-  int2* block;  // [blocks] expert and number of pairs, 0 where there is no block
+  int2* block;  // [blocks + 1] expert and number of pairs, 0 where there is no block; last, how many there are
   int* pair;    // [blocks, COLUMNS] the pairs of a block
   int* column;  // [pairs] where among these the pair stands, -1: its expert does not exist
 #endif
@@ -158,18 +157,26 @@ __device__ __forceinline__ u32 spread_pairs_by_four(u32 b) {  // 2-bit fields to
   x = (x | x << 4) & 0x0F0F0F0Fu;
   return (x | x << 2) & 0x33333333u;
 }
-// level[FIRST + code] of four codes: `low` has their bits 0..2 as nibbles, `top` picks by bit 3.
-template <int B, int FIRST>
-__device__ __forceinline__ u32 look_up_16(u32 low, u32 top) {
-  return permute(permute(table_word<B, FIRST>(), table_word<B, FIRST + 4>(), low),
-                 permute(table_word<B, FIRST + 8>(), table_word<B, FIRST + 12>(), low), top);
+// The levels themselves, as a table for `decode`.
+template <int B>
+struct Levels {
+  static constexpr u32 keep = 0x32103210u;
+  template <int FIRST>
+  __device__ __forceinline__ u32 word() const {
+    return table_word<B, FIRST>();
+  }
+};
+// table[FIRST + code] of four codes: `low` has their bits 0..2 as nibbles, `top` picks by bit 3.
+template <int FIRST, typename Table>
+__device__ __forceinline__ u32 look_up_16(const Table& table, u32 low, u32 top) {
+  return permute(permute(table.template word<FIRST>(), table.template word<FIRST + 4>(), low),
+                 permute(table.template word<FIRST + 8>(), table.template word<FIRST + 12>(), low), top);
 }
 
-// Eight consecutive codes of a row to two registers of int8 levels. `first` and `second` are the row's plane words
-// of this tile, `step` the mma step.
-template <int B>
-__device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
-  constexpr u32 KEEP = 0x32103210u;
+// Eight consecutive codes of a row to two registers of int8 levels, by a table. `first` and `second` are the row's plane
+// words of this tile, `step` the mma step.
+template <int B, typename Table>
+__device__ __forceinline__ void decode(const Table& table, const u32* first, const u32* second, int step, u32& a, u32& b) {
   if constexpr (B == 8) {
     a = first[2 * step] ^ 0x80808080u;
     b = first[2 * step + 1] ^ 0x80808080u;
@@ -181,31 +188,35 @@ __device__ __forceinline__ void decode(const u32* first, const u32* second, int 
       even |= (high & 0x1111u) << 2;
       odd |= high & 0x4444u;
     }
-    u32 upper = B == 3 ? table_word<B, B == 3 ? 4 : 0>() : 0u;
-    u32 e = permute(table_word<B, 0>(), upper, even), o = permute(table_word<B, 0>(), upper, odd);
+    u32 upper = B == 3 ? table.template word<B == 3 ? 4 : 0>() : 0u;
+    u32 e = permute(table.template word<0>(), upper, even), o = permute(table.template word<0>(), upper, odd);
     a = permute(e, o, 0x5140);
     b = permute(e, o, 0x7362);
   } else {
     u32 q = first[step];
-    u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, KEEP);
+    u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, table.keep);
     u32 low2 = low >> 16, top2 = top >> 16;
     if constexpr (B == 4) {
-      a = look_up_16<4, 0>(low, top);
-      b = look_up_16<4, 0>(low2, top2);
+      a = look_up_16<0>(table, low, top);
+      b = look_up_16<0>(table, low2, top2);
     } else if constexpr (B == 5) {
-      u32 select = spread_by_four(second[step / 4] >> (8 * (step & 3)) & 0xFFu) << 2 | KEEP;
-      a = permute(look_up_16<5, 0>(low, top), look_up_16<5, 16>(low, top), select);
-      b = permute(look_up_16<5, 0>(low2, top2), look_up_16<5, 16>(low2, top2), select >> 16);
+      u32 select = spread_by_four(second[step / 4] >> (8 * (step & 3)) & 0xFFu) << 2 | table.keep;
+      a = permute(look_up_16<0>(table, low, top), look_up_16<16>(table, low, top), select);
+      b = permute(look_up_16<0>(table, low2, top2), look_up_16<16>(table, low2, top2), select >> 16);
     } else {
       u32 pairs = spread_pairs_by_four(second[step / 2] >> (16 * (step & 1)) & 0xFFFFu);
-      u32 five = (pairs & 0x11111111u) << 2 | KEEP, six = (pairs & 0x22222222u) << 1 | KEEP;
-      a = permute(permute(look_up_16<6, 0>(low, top), look_up_16<6, 16>(low, top), five),
-                  permute(look_up_16<6, 32>(low, top), look_up_16<6, 48>(low, top), five), six);
+      u32 five = (pairs & 0x11111111u) << 2 | table.keep, six = (pairs & 0x22222222u) << 1 | table.keep;
+      a = permute(permute(look_up_16<0>(table, low, top), look_up_16<16>(table, low, top), five),
+                  permute(look_up_16<32>(table, low, top), look_up_16<48>(table, low, top), five), six);
       five >>= 16, six >>= 16;
-      b = permute(permute(look_up_16<6, 0>(low2, top2), look_up_16<6, 16>(low2, top2), five),
-                  permute(look_up_16<6, 32>(low2, top2), look_up_16<6, 48>(low2, top2), five), six);
+      b = permute(permute(look_up_16<0>(table, low2, top2), look_up_16<16>(table, low2, top2), five),
+                  permute(look_up_16<32>(table, low2, top2), look_up_16<48>(table, low2, top2), five), six);
     }
   }
+}
+template <int B>
+__device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
+  decode<B>(Levels<B>(), first, second, step, a, b);
 }
 
 // Whether levels below the middle code are negative and the others are not, below 127.
@@ -270,6 +281,14 @@ __device__ __forceinline__ void read_words(u32* words, const u8* from) {
   } else {
     words[0] = *from;
   }
+}
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
 }
 
 // ------------------------------------------------------------------------------------------- the input's transform
@@ -631,13 +650,6 @@ __host__ __device__ constexpr int staged_bytes(int passes) {
 }
 static constexpr int UNIT_BYTES = staged_bytes(PASSES), SLOT_BYTES = WARPS * UNIT_BYTES;
 
-template <int BYTES>
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
-}
 // The W bytes of each lane of 8 rows; `from` is the lane's own.
 template <int W>
 __device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
@@ -1063,13 +1075,6 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
   return d;
 }
 
-__device__ __forceinline__ u32 pack_fp8(const float* v) {  // four e4m3, clamped to +-448; NaN stays NaN
-  u16 low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[1]), "f"(v[0]));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[3]), "f"(v[2]));
-  return low | (u32)high << 16;
-}
-
 __device__ __forceinline__ void store_dense(const Params& p, i64 row, int k, const float* v) {
   if (k >= p.in) return;
   i64 index = row * p.in + k;
@@ -1122,9 +1127,6 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
     for (int i = 0; i < 8; i++) a[s][i] *= norm;
   }
 #endif
-#if FP8
-  const float norm = *p.plane_scale;
-#endif
 #pragma unroll 1
   for (int first = blockIdx.y * 16; first < p.tokens; first += gridDim.y * 16) {
     float value[BLOCK_STEPS][4][4];
@@ -1157,13 +1159,8 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
           v[i] = value[s][i / 2][2 * h + i % 2];
 #if SCALED
           v[i] *= a[s][i];
-#elif FP8
-          v[i] *= norm;
 #endif
         }
-#if FP8
-        *(uint2*)(piece + row * BLOCK + within) = make_uint2(pack_fp8(v), pack_fp8(v + 4));
-#else
         if constexpr (BY_ROWS) {
           int chunk = within / 8 ^ within / 64 ^ (row & 1) * 2;
           *(uint4*)(piece + row * (BLOCK * 2) + chunk * 16) =
@@ -1171,68 +1168,25 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
         } else if (first + row < p.tokens) {
           store_dense(p, first + row, k + within, v);
         }
-#endif
       }
     }
     if constexpr (BY_ROWS) {
-      constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = BLOCK * BYTES / 16, AT_ONCE = 32 / CHUNKS;  // of a row; rows of a store
+      constexpr int CHUNKS = BLOCK / 8, AT_ONCE = 32 / CHUNKS;  // of a row; rows of a store
       int chunk = lane % CHUNKS, row = lane / CHUNKS, rows = p.tokens - first;
-      u8* to = (u8*)p.y + ((i64)(first + row) * p.in + k) * BYTES + chunk * 16;
+      u8* to = (u8*)p.y + ((i64)(first + row) * p.in + k) * 2 + chunk * 16;
       __syncwarp();
-      if (k + chunk * (16 / BYTES) >= p.in) rows = 0;
+      if (k + chunk * 8 >= p.in) rows = 0;
 #pragma unroll
       for (int i = 0; i < 16 / AT_ONCE; i++, row += AT_ONCE) {
-        int at = FP8 ? chunk : chunk ^ chunk / 8 ^ (row & 1) * 2;
-        uint4 q = *(const uint4*)(piece + row * (BLOCK * BYTES) + at * 16);
-        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in * BYTES) = q;
+        uint4 q = *(const uint4*)(piece + row * (BLOCK * 2) + (chunk ^ chunk / 8 ^ (row & 1) * 2) * 16);
+        if (row < rows) *(uint4*)(to + (i64)i * AT_ONCE * p.in * 2) = q;
       }
       __syncwarp();
     }
   }
 }
 
-#if FP8
-// T(x) of one token as e4m3 [in_padded] with its scale, max |T(x)| / 448.
-extern "C" __global__ void __launch_bounds__(256) tqw_fp8_inputs(const __grid_constant__ Params p) {
-  __shared__ float most_of_warp[8];
-  constexpr int ROUNDS = (IN_PADDED + 2047) / 2048;
-  int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  take_over();
-  float v[ROUNDS][8], most = 0.f;
-#pragma unroll
-  for (int r = 0; r < ROUNDS; r++) {
-    int k = r * 2048 + threadIdx.x * 8;
-    load_inputs(p, token * p.x_stride, k, v[r]);
-    float a[8];
-    channel_scales(p, k, a);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[r][i] *= a[i];
-#if ROTATE_X
-    hadamard(v[r], lane);
-#endif
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[r][i]));
-  }
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
-  if (lane == 0) most_of_warp[warp] = most;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
-  if (!(most < 3e38f)) most = most - most;  // NaN for NaN and Inf: every output of the token is NaN
-  float scale = most > 0.f || most != most ? most * (1.f / 448.f) : 1.f, inverse = 1.f / scale;
-  if (threadIdx.x == 0) p.plane_scale[token] = scale;
-#pragma unroll
-  for (int r = 0; r < ROUNDS; r++) {
-    int k = r * 2048 + threadIdx.x * 8;
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[r][i] *= inverse;
-    if (k < IN_PADDED) *(uint2*)(p.planes + (i64)token * IN_PADDED + k) = make_uint2(pack_fp8(v[r]), pack_fp8(v[r] + 4));
-  }
-}
-#endif
-
-#ifndef COLUMNS  // a module of middle.cu has only its own kernels
+#ifndef COLUMNS  // a module of middle.cu or prefill.cu has only its own kernels
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
 extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
     tqw_dequantize(const __grid_constant__ Params p) {
@@ -1240,7 +1194,7 @@ extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
   int warp = threadIdx.x / 32, k = (blockIdx.x * 4 + warp) * BLOCK;
   take_over();
   if (k >= IN_PADDED) return;
-  if (FP8 || (X_TYPE != 0 && p.vectors))
+  if (X_TYPE != 0 && p.vectors)
     dequantize_block<true>(p, k, shared[warp]);
   else
     dequantize_block<false>(p, k, shared[warp]);

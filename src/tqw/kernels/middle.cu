@@ -1,4 +1,5 @@
-// y = T(x) V^T + b for tens to hundreds of tokens, on sm_90: appended to linear.cu, whose macros and decoders it uses.
+// y = T(x) V^T + b for tens to hundreds of tokens, on sm_90: appended to linear.cu and wgmma.cu, whose
+// macros, decoders and instructions it uses.
 //
 // Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
 // with weight_scale rounds once); wgmma sums in float32. COARSE: T(x) is int8 with a scale for each token and tile, as in
@@ -15,7 +16,6 @@
 // COARSE     1: T(x) of 8 bits, half of which the L2 cache can hardly feed to all multiprocessors; one pass, PLANES = 1
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
 //            together (SPREAD = 1); nothing on the host depends on the ids
-// WGMMA, WGMMA_SUMS   the instruction and its accumulator operands
 // EVERY_LANE 1: for racecheck, which does not follow that __syncwarp puts all lanes' reads before one lane's arrival
 
 #ifndef EVERY_LANE
@@ -27,11 +27,6 @@ static constexpr int COPY_BYTES = COLUMNS * (COARSE ? TILE + 4 : 2 * TILE);  // 
 static constexpr int STAGE_BYTES = (COPY_BYTES + 1023) / 1024 * 1024;
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
-
-// Without waiting for the writes before: others learn only that this CTA has come so far.
-__device__ __forceinline__ void cluster_signal() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
 
 // Byte offset, in T(x) as the product reads it, of the chunk that holds inputs k, k + 1 of a token; chunks k + 2, 4, 6
 // follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
@@ -47,74 +42,6 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
   for (int i = 0; i < 4; i++)
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
-
-#if EXPERTS
-// Brings the pairs of each expert together, in their order, in whole blocks of COLUMNS. One CTA: each warp counts the
-// experts of its share of the pairs, then places it behind the shares of the warps before it.
-extern "C" __global__ void __launch_bounds__(1024) tqw_route(const __grid_constant__ Params p) {
-  extern __shared__ int counts[];  // [32, experts] of each warp, then the pairs before; [experts]; [experts + 1]
-  int warp = threadIdx.x / 32, lane = threadIdx.x & 31, experts = p.experts;
-  int *total = counts + 32 * experts, *first_block = total + experts, *mine = counts + warp * experts;
-  int share = (p.tokens + 1023) / 1024 * 32, begin = warp * share, end = min(begin + share, p.tokens);
-  auto expert_of = [&](int pair) {
-    i64 id = pair < end ? p.ids[pair] : -1;
-    return id < 0 || id >= experts ? -1 : (int)id;
-  };
-  allow_next_kernel();
-  for (int i = threadIdx.x; i < 32 * experts; i += 1024) counts[i] = 0;
-  __syncthreads();
-  wait_for_previous_kernel();  // it may have chosen the experts
-  for (int i = begin; i < end; i += 128) {  // four loads on their way at once
-    int expert[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) expert[j] = expert_of(i + 32 * j + lane);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (expert[j] >= 0) atomicAdd(mine + expert[j], 1);
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += 1024) {
-    int before = 0;
-    for (int w = 0; w < 32; w++) {
-      int count = counts[w * experts + e];
-      counts[w * experts + e] = before;
-      before += count;
-    }
-    total[e] = before;
-  }
-  __syncthreads();
-  if (warp == 0) {
-    int before = 0;
-    for (int first = 0; first < experts; first += 32) {
-      int e = first + lane, count = e < experts ? (total[e] + COLUMNS - 1) / COLUMNS : 0, sum = count;
-      for (int step = 1; step < 32; step *= 2) {
-        int other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-      }
-      if (e < experts) first_block[e] = before + sum - count;
-      before += __shfl_sync(~0u, sum, 31);
-    }
-    if (lane == 0) first_block[experts] = before;
-  }
-  __syncthreads();
-  for (int e = warp; e < experts; e += 32)
-    for (int b = lane; b < first_block[e + 1] - first_block[e]; b += 32)
-      p.block[first_block[e] + b] = make_int2(e, min(COLUMNS, total[e] - b * COLUMNS));
-  for (int b = first_block[experts] + threadIdx.x; b < p.blocks; b += 1024) p.block[b] = make_int2(0, 0);
-  int next = expert_of(begin + lane);
-  for (int i = begin; i < end; i += 32) {
-    int pair = i + lane, expert = next, column = -1;
-    next = expert_of(pair + 32);  // on its way while this one is placed
-    u32 same = __match_any_sync(~0u, expert), before = __popc(same & ((1u << lane) - 1));
-    if (expert >= 0) column = first_block[expert] * COLUMNS + mine[expert] + before;
-    __syncwarp();
-    if (expert >= 0 && before == 0) mine[expert] += __popc(same);
-    __syncwarp();
-    if (pair < end) p.column[pair] = column;
-    if (column >= 0) p.pair[column] = pair;
-  }
-}
-#endif
 
 #if COARSE
 // T(x) of 256 inputs of a token by one warp: int8, in the order of the product. A stage has a row of 128 bytes for each
@@ -234,21 +161,8 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 }
 #endif
 
-// ------------------------------------------------------------------------------------------------- the instructions
+// ------------------------------------------------------------------------------------------------- fp16 and sums
 
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// K-major B with rows of 128 bytes, 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-__device__ __forceinline__ void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 __device__ __forceinline__ u32 half2_op_subtract(u32 a, u32 b) {
   u32 d;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -260,15 +174,6 @@ __device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
   return d;
 }
 
-#if COARSE
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
-// d = a b + (add ? d : 0), later.
-__device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b, int add = 1) {
-  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
 static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
 static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
 

@@ -1,0 +1,34 @@
+// Hopper's product of a warpgroup, for middle.cu and prefill.cu: appended to linear.cu. A from registers, B in shared
+// memory, K-major in rows of 128 bytes.
+//
+// COARSE                1: int8 with int32 sums, else fp16 with float32 sums
+// WGMMA, WGMMA_SUMS     the instruction and its accumulator operands
+
+// Without waiting for the writes before: others learn only that this CTA has come so far.
+__device__ __forceinline__ void cluster_signal() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// K-major B with rows of 128 bytes, 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+#if COARSE
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+// d = a b + (add ? d : 0), later.
+__device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b, int add = 1) {
+  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
