@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -83,7 +84,7 @@ def needs_hopper() -> None:
 
 def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether prefill.cu takes such a weight on Hopper."""
-    narrow = len(qw.bits) == 1 and qw.bits[0] <= 4 and x.dtype != torch.float32
+    narrow = len(qw.bits) == 1 and qw.bits[0] <= 4 and x.dtype != torch.float32 and qw.rotation == "hadamard"
     return narrow and qw.block == 128 and qw.group_size % 128 == 0 and qw.out_features % 8 == 0 and qw.padded_in >= 512
 
 
@@ -302,6 +303,18 @@ def test_prefill_kernels_compile_without_spills(bits, padded_in, out_features, t
     _, log = cuda.compile_with_log(variant.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 3
     assert "wgmma" not in log, log
+
+
+def test_8_bits_only_where_they_cost_little():
+    """Not for 5 bits, several scales to a tile, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
+    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+    assert cuda._prefill_variant(base, 512, 4096, h100) is not None
+    for change in ({"bits": (5,)}, {"group": 64}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
+        assert cuda._prefill_variant(replace(base, **change), 512, 4096, h100) is None
+    for tokens, out_features in ((128, 4096), (512, 4095), (512, 512), (1 << 20, 4096)):
+        assert cuda._prefill_variant(base, tokens, out_features, h100) is None
+    assert cuda._prefill_variant(base, 512, 4096, replace(h100, arch="sm_100")) is None
 
 
 def test_expert_kernel_compiles_without_spills():

@@ -47,7 +47,7 @@ _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins 
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
 _PREFILL_TOKENS = 129  # from here on prefill.cu where both operands may have 8 bits and weights are not few
 _PREFILL_MANY_TOKENS = 65  # of so many outputs that half of the multiprocessors have 128 of them or more
-_PREFILL_BITS = 4  # beyond, rounding V to 8 bits costs more than a twentieth of the quantization error
+_PREFILL_BITS = 4  # beyond, what 8 bits cost counts beside the quantization error (benchmarks/activations.py)
 _PREFILL_BYTES = 64 << 20  # of T(x) at once; more tokens come in turns
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
@@ -114,7 +114,7 @@ class Variant:
     min_ctas: int = 1
     small: bool = False
     experts: bool = False
-    columns: int = 0  # of middle.cu; 0: not part of the module
+    columns: int = 0  # of middle.cu or prefill.cu; 0: neither is part of the module
     warpgroups: int = 1
     stages: int = 4
     spread: int = 1
@@ -665,8 +665,10 @@ def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> V
 
 
 def _takes_8_bits(base: Variant, out: int, device: _Device) -> bool:
-    """Whether prefill.cu takes such a weight."""
-    if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) > 1:
+    """Whether prefill.cu takes such a weight. One scale for a token is only for inputs without outliers: rotated."""
+    if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
+        return False
+    if not base.rotate:
         return False
     return base.bits[0] <= _PREFILL_BITS and base.group % 128 == out % 8 == 0 and 512 <= base.padded_in <= 1 << 17
 
