@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,7 @@ from tqw.codebook import nearest_levels
 from tqw.config import WIDTHS, QuantConfig, block_size, format_bits, group_size, padded_features
 from tqw.errors import TqwError
 from tqw.gradients import run_backward
-from tqw.model import Decision, Select, by_input, dense_weights, is_tied, kind_of, resolve, tensor_name
+from tqw.model import Decision, Progress, Select, by_input, dense_weights, is_tied, kind_of, resolve, tensor_name
 from tqw.scaling import activation_scale, group_scales
 from tqw.weight import empty_weight
 
@@ -40,8 +40,6 @@ _CURVATURE = 8.0
 _SLACK = 0.25  # bits per weight that a target may lie above what the widest code takes
 _TOKENS = 2048  # of calibration text that the sensitivities are measured on
 _EMBEDDINGS = ("embedding", "lm_head")
-
-Progress = Callable[[str, int, int], None]
 
 
 def best_widths(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int] | None:

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from tqw.errors import TqwError
 from tqw.layer import expert_projections, expert_weight, gate, routed_tokens
-from tqw.model import kind_of
+from tqw.model import Progress, kind_of
 
 SEQUENCES = 8
 LENGTH = 128
 SEED = 1234
-
-Progress = Callable[[str, int, int], None]
 
 
 class _Power:

@@ -22,12 +22,11 @@ from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.evaluate import BASELINES, Quality, baseline_weights, evaluate, reference_log_probabilities
 from tqw.footprint import footprint_in_subprocess
-from tqw.model import quantize_model, resolve
+from tqw.model import Progress, quantize_model, resolve
 from tqw.pretrained import calibration_ids, calibration_power, check_method, method_options, save, sensitivity_of
 from tqw.refine import refine as refine_scales
 from tqw.report import Row
 
-Progress = Callable[[str, int, int], None]
 FLOAT, ORIGINAL = "float", "original"
 BASELINE_ROWS = (ORIGINAL, *BASELINES)
 _ORIGINAL_OPTIONS = "4:scale=norm:calibrate=none:exponent=0"

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tqw.errors import TqwError
-from tqw.model import dense_weights, kind_of
+from tqw.model import Progress, dense_weights, kind_of
 
-Progress = Callable[[str, int, int], None]
 _BATCH_TOKENS = 2048
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tqw.gptq import Moments
 from tqw.kernels import dequantize
 from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import (
+    Progress,
     QuantizationReport,
     Select,
     TensorRecord,
@@ -37,7 +38,6 @@ from tqw.propagation import weight_only_power
 from tqw.refine import refine as refine_scales
 from tqw.source import DEMO, Source, find, is_quantized, load_float, load_tokenizer, model_class, read_text
 
-Progress = Callable[[str, int, int], None]
 STORED_MATRIX = "tqw_rotation_matrix"
 _POWER, _IDS, _SENSITIVITY = "input_power", "calibration_ids", "sensitivity"
 METHODS = ("rtn", "gptq")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,15 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tqw.layer import QuantizedLinear
-from tqw.model import kind_of
+from tqw.model import Progress, kind_of
 from tqw.moments import LayerInputs
 from tqw.weight import rotated_levels, untransform
 
 STEPS = 24
 LENGTH = 128  # of each sequence: shorter steps, more of them
 RATE = 2e-3  # of log s: a scale moves by some percent
-
-Progress = Callable[[str, int, int], None]
 
 
 def _levels(layer: QuantizedLinear) -> list[Tensor]:
