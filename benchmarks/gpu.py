@@ -245,7 +245,7 @@ def main() -> None:
     output, gpu = arguments.output, torch.cuda.get_device_name()
     for rows, missing in measure(arguments.shapes):
         result = document(rows)
-        result["environment"] |= {"gpu": gpu, "peers_that_did_not_run": missing}
+        result["environment"]["peers_that_did_not_run"] = missing
         write_json(output.with_suffix(".json"), result)
         draw(rows, gpu, output.with_suffix(".png"))
 

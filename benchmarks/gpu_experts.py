@@ -203,7 +203,6 @@ def main() -> None:
     for p in PROJECTIONS:
         rows += measure(p)
         result = document(rows, shapes=[asdict(p) for p in PROJECTIONS])
-        result["environment"]["gpu"] = torch.cuda.get_device_name()
         write_json(output, result)
 
 

@@ -297,7 +297,6 @@ def main() -> None:
     for shape in SHAPES:
         rows += [row for bits in (None, 4) for row in measure(shape, bits)]
         result = document(rows, shapes=[asdict(shape) for shape in SHAPES])
-        result["environment"]["gpu"] = torch.cuda.get_device_name()
         write_json(output, result)
 
 
