@@ -100,13 +100,18 @@ def forget_plans() -> None:
     cuda._READY.clear()
 
 
-@pytest.fixture(params=[0, cuda._SMALL_WEIGHTS], ids=["large", "small"])
-def small_weights(request, monkeypatch) -> Iterator[None]:
-    """Hundreds of tokens of few weights both ways: as large layers have them, and by dense rows."""
-    monkeypatch.setattr(cuda, "_SMALL_WEIGHTS", request.param)
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """No plan of this test, or of one before, made with other constants, is left for the next."""
     forget_plans()
     yield
     forget_plans()
+
+
+@pytest.fixture(params=[0, cuda._SMALL_WEIGHTS], ids=["large", "small"])
+def small_weights(request, monkeypatch, fresh_plans) -> None:
+    """Hundreds of tokens of few weights both ways: as large layers have them, and by dense rows."""
+    monkeypatch.setattr(cuda, "_SMALL_WEIGHTS", request.param)
 
 
 @pytest.mark.gpu
@@ -145,11 +150,12 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
     ("out_features", "in_features", "tokens"),
     [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (520, 20480, 150), (4096, 512, 3000)],
 )
-def test_hundreds_of_tokens_in_8_bits(poisoned, monkeypatch, bits, group_size, out_features, in_features, tokens):
+def test_hundreds_of_tokens_in_8_bits(
+    poisoned, fresh_plans, monkeypatch, bits, group_size, out_features, in_features, tokens
+):
     """An odd number of tiles, inputs shared by two CTAs, inputs that are read twice, several turns of each CTA."""
     needs_hopper()
     monkeypatch.setattr(cuda, "_SMALL_WEIGHTS", 0)
-    forget_plans()
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
     for dtype in (torch.float16, torch.bfloat16):
         x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
@@ -163,19 +169,16 @@ def test_hundreds_of_tokens_in_8_bits(poisoned, monkeypatch, bits, group_size, o
     y = kernels.linear(x, qw, backend="cuda")
     assert y[1:3].isnan().all()
     assert y[3:].isfinite().all()
-    forget_plans()
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_thousands_of_tokens_in_turns(poisoned, monkeypatch):
+def test_thousands_of_tokens_in_turns(poisoned, fresh_plans, monkeypatch):
     needs_hopper()
     monkeypatch.setattr(cuda, "_PREFILL_BYTES", 1 << 20)
-    forget_plans()
     qw, x = make(3080, 1024), torch.randn(2500, 1024).cuda().bfloat16()
     assert cuda._chunk(cuda._ready(qw, x), 2500) == 834
     check(kernels.linear(x, qw, backend="cuda"), x, qw)
-    forget_plans()
 
 
 @pytest.mark.gpu

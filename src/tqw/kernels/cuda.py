@@ -167,6 +167,10 @@ class Variant:
         stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
         return stages + 16 * self.stages + 4 * self.columns
 
+    def steps(self) -> int:
+        """Of 128 inputs each in the prefill kernel, an even number: the last may be 0."""
+        return -(-self.padded_in // 256) * 2
+
     def prefill_bytes(self) -> int:
         """Dynamic shared memory of the prefill kernel: stages, outputs, barriers, token scales of two tiles."""
         rows = 64 * self.warpgroups
@@ -649,7 +653,7 @@ def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> V
     Measured on one H100. To decode takes a step (128 inputs) as long as 260 tokens, whatever their number."""
     if not _takes_8_bits(base, out, device) or out * base.padded_in <= _SMALL_WEIGHTS or tokens > _prefill_turn(base):
         return None
-    steps, pairs = -(-base.padded_in // 256) * 2, device.multiprocessors // 2
+    steps, pairs = base.steps(), device.multiprocessors // 2
     if tokens < (_PREFILL_TOKENS if out <= 128 * pairs else _PREFILL_MANY_TOKENS):
         return None
 
@@ -668,37 +672,33 @@ def _takes_8_bits(base: Variant, out: int, device: _Device) -> bool:
     """Whether prefill.cu takes such a weight. One scale for a token is only for inputs without outliers: rotated."""
     if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
         return False
-    if not base.rotate:
+    if not base.rotate or base.group % 128 or out % 8:
         return False
-    return base.bits[0] <= _PREFILL_BITS and base.group % 128 == out % 8 == 0 and 512 <= base.padded_in <= 1 << 17
+    return base.bits[0] <= _PREFILL_BITS and 512 <= base.padded_in <= 1 << 17
 
 
 def _prefill_of(base: Variant, columns: int, split: int = 1) -> Variant:
     """Two CTAs of two warpgroups to a cluster, with as many stages as fit."""
-    stages = min(3 if split == 2 else 4 if columns == 256 else 5, -(-base.padded_in // 256) * 2 // split)
+    stages = min(3 if split == 2 else 4 if columns == 256 else 5, base.steps() // split)
     return replace(
         base, columns=columns, warpgroups=2, cluster=2, split=split, stages=stages, coarse=True, prefill=True
     )
 
 
-def _prefill_launches(
-    variant: Variant, columns: int, tokens: int, out: int, device: _Device
-) -> tuple[_Launch, _Launch]:
-    """T(x) of `tokens`, the product of at most so many columns."""
+def _prefill_plan(
+    variant: Variant, blocks: int, tokens: int, out: int, device: _Device, route: _Launch | None = None
+) -> _Plan:
+    """T(x) of `tokens`, the product of at most so many blocks of columns; with `route`, which orders them, of pairs."""
     function, threads = _function(variant, "tqw_prefill", device), 128 * variant.warpgroups + 128
     rows = 64 * variant.warpgroups * variant.cluster // variant.split
-    tiles = -(-out // rows) * (columns // variant.columns)
+    tiles = -(-out // rows) * blocks
     if variant.split == 1:  # else each cluster takes one tile
         tiles = min(tiles, _resident(function, threads, variant.cluster, device))
     spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
     product = _Launch(function, (tiles * variant.cluster, 1), threads, variant.prefill_bytes(), device, variant.cluster)
-    return spread, product
-
-
-def _prefill_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
-    columns = -(-tokens // variant.columns) * variant.columns
-    launches = _prefill_launches(variant, columns, tokens, out, device)
-    return _Plan(columns * -(-variant.padded_in // 256) * 256, columns, launches)
+    columns = blocks * variant.columns
+    plan = _Plan(columns * 128 * variant.steps(), columns, (spread, product))
+    return replace(plan, launches=(route, *plan.launches), blocks=blocks) if route else plan
 
 
 @lru_cache(maxsize=4096)
@@ -734,14 +734,13 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
 
 def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
-    columns = blocks * variant.columns
     route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
     if variant.prefill:
-        launches = _prefill_launches(variant, columns, pairs, out, device)
-        return _Plan(columns * -(-variant.padded_in // 256) * 256, columns, (route, *launches), blocks=blocks)
+        return _prefill_plan(variant, blocks, pairs, out, device, route)
     spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
     grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
     product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
+    columns = blocks * variant.columns
     return _Plan(2 * columns * variant.padded_in, columns, (route, spread, product), blocks=blocks)
 
 
@@ -780,7 +779,7 @@ def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None
             return plan
     variant = _prefill_variant(base, tokens, out, device)
     if variant is not None:
-        return _prefill_plan(variant, tokens, out, device)
+        return _prefill_plan(variant, -(-tokens // variant.columns), tokens, out, device)
     variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None
     return None if variant is None else _middle_plan(variant, tokens, out, device)
 

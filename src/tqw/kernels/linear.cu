@@ -375,6 +375,18 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= norm;
 }
 
+// The largest of 256 threads.
+__device__ __forceinline__ float most_of_warps(float most) {
+  __shared__ float most_of_warp[8];
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
+  if (threadIdx.x % 32 == 0) most_of_warp[threadIdx.x / 32] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  return most;
+}
+
 // a * x of eight inputs.
 __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, uint2 channel, float (&v)[8]) {
   load_inputs(p, token * p.x_stride, k, v);

@@ -16,11 +16,7 @@
 // COARSE     1: T(x) of 8 bits, half of which the L2 cache can hardly feed to all multiprocessors; one pass, PLANES = 1
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
 //            together (SPREAD = 1); nothing on the host depends on the ids
-// EVERY_LANE 1: for racecheck, which does not follow that __syncwarp puts all lanes' reads before one lane's arrival
 
-#ifndef EVERY_LANE
-#define EVERY_LANE 0
-#endif
 static_assert(TILE == 128, "a stage is 128 inputs");
 static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
 static constexpr int COPY_BYTES = COLUMNS * (COARSE ? TILE + 4 : 2 * TILE);  // of T(x): a stage of the ring, whole KiB
@@ -69,10 +65,12 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
 // its own column; with EXPERTS each pair has one, and the outputs of an expert that does not exist become 0.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  __shared__ float most_of_warp[8], most_of_cta[SPREAD];
+#if SPREAD > 1
+  __shared__ float most_of_cta[SPREAD];
+#endif
   constexpr int STRIDE = 2048 * SPREAD, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE;
   constexpr int KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
-  int rank = blockIdx.x % SPREAD, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int rank = blockIdx.x % SPREAD, lane = threadIdx.x & 31;
 #if EXPERTS
   int token = blockIdx.x / p.choices;
 #else
@@ -91,16 +89,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   wait_for_previous_kernel();
 #if EXPERTS
   int column = p.column[blockIdx.x];
-  if (column < 0) {
-    for (int i = threadIdx.x; i < p.out; i += 256) {
-      i64 at = (i64)blockIdx.x * p.out + i;
-      if (X_TYPE == 0)
-        ((float*)p.y)[at] = 0.f;
-      else
-        ((u16*)p.y)[at] = 0;
-    }
-    return;
-  }
+  if (column < 0) return clear_outputs(p, blockIdx.x);
 #endif
 #pragma unroll
   for (int r = 0; r < KEPT; r++) {
@@ -118,12 +107,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 #pragma unroll
     for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(w[i]));
   }
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
-  if (lane == 0) most_of_warp[warp] = most;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  most = most_of_warps(most);
 #if SPREAD > 1
   cluster_wait();
   if (threadIdx.x < SPREAD)

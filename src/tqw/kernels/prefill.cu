@@ -17,11 +17,7 @@
 // SPLIT      1, or 2: CTAs of a cluster share the inputs     STAGES       stages of the ring
 // EXPERTS    1: a token is a pair (token, expert), a tile's columns are pairs of one expert, brought together by
 //            tqw_route
-// EVERY_LANE 1: for racecheck, as in middle.cu
 
-#ifndef EVERY_LANE
-#define EVERY_LANE 0
-#endif
 static_assert(TILE == 128 && SUBS == 1 && PASSES == 1 && COARSE, "a stage is 128 inputs with one scale to a row");
 static constexpr int WIDTH = WIDTHS[0];
 static constexpr int ROWS = 64 * WARPGROUPS, ROW_BYTES = TILE / 8 * WIDTH, SECOND = words_of(WIDTH, 0);
@@ -35,10 +31,8 @@ static constexpr int SHARING = CLUSTER / SPLIT;            // CTAs that fetch T(
 static constexpr int GROUPED = 4;                          // blocks of tokens that pass over rows together
 static_assert(STEPS_OF_CTA % 2 == 0 && STEPS_OF_CTA >= STAGES, "registers take turns, and so do the scales of two tiles");
 
-// T(x) of one token, in the order of the product: a stage has a row of 128 bytes for each token, in which lane t of a
-// quad has bytes 32 s + 4 t and 32 s + 16 + 4 t of step s (chunks of 16 swizzled). x is read once.
+// T(x) of one token, in the order of the product (as middle.cu has it in 8 bits). x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  __shared__ float most_of_warp[8];
   constexpr int INPUTS = STEPS_OF_ALL * TILE, ROUNDS = (INPUTS + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
   int column = blockIdx.x, lane = threadIdx.x & 31, first = threadIdx.x * 8;  // a token, its own column; or a pair
   i64 token = EXPERTS ? blockIdx.x / p.choices : blockIdx.x;
@@ -50,10 +44,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   wait_for_previous_kernel();
 #if EXPERTS
   column = p.column[blockIdx.x];
-  if (column < 0) {  // of an expert that does not exist
-    for (int i = threadIdx.x; i < p.out; i += 256) ((u16*)p.y)[(i64)blockIdx.x * p.out + i] = 0;
-    return;
-  }
+  if (column < 0) return clear_outputs(p, blockIdx.x);
 #endif
   auto rotate = [&](float (&v)[8]) {
 #if ROTATE
@@ -74,12 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     scaled_inputs(p, token, r * 2048 + first, w);
     rotate(w), measure(w);
   }
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
-  if (lane == 0) most_of_warp[threadIdx.x / 32] = most;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  most = most_of_warps(most);
   // A NaN or Inf makes the scale NaN or Inf and so every output of the token NaN.
   float scale = most * (1.f / 127), inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
   if (threadIdx.x == 0) p.plane_scale[column] = scale;

@@ -67,3 +67,13 @@ extern "C" __global__ void __launch_bounds__(1024) tqw_route(const __grid_consta
     if (column >= 0) p.pair[column] = pair;
   }
 }
+
+// 0 for every output of a pair whose expert does not exist, by 256 threads.
+__device__ __forceinline__ void clear_outputs(const Params& p, i64 pair) {
+  for (int i = threadIdx.x; i < p.out; i += 256) {
+    if (X_TYPE == 0)
+      ((float*)p.y)[pair * p.out + i] = 0.f;
+    else
+      ((u16*)p.y)[pair * p.out + i] = 0;
+  }
+}

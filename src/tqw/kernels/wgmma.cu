@@ -3,6 +3,12 @@
 //
 // COARSE                1: int8 with int32 sums, else fp16 with float32 sums
 // WGMMA, WGMMA_SUMS     the instruction and its accumulator operands
+// EVERY_LANE            1: for racecheck, which does not follow that a warp's own order puts all lanes' reads before the
+//                       arrival of one of them
+
+#ifndef EVERY_LANE
+#define EVERY_LANE 0
+#endif
 
 // Without waiting for the writes before: others learn only that this CTA has come so far.
 __device__ __forceinline__ void cluster_signal() {
