@@ -37,11 +37,10 @@ def check(
     """Few tokens: inputs are rounded to 2^-16 of their tile's largest, at most |T(x)| of the tile, so by Cauchy-Schwarz
     the error is below 2^-13 |x| |w|. Dozens to hundreds: T(x) and V are rounded to fp16, 2^-12 each, so 2^-11 |x| |w|.
     More: dense weights are rounded to the dtype, 2 u |x| |w|. middle: any number is rounded as dozens are.
-    5 tokens and more by the decode kernel, or up to 128 where weights have one pass and groups of 128 inputs or more;
-    weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
+    5 tokens and more by the decode kernel, weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
     their tile's largest, some 5 deviations; by Hoeffding's inequality their sum is beyond 3.5 steps |w| once in
     10^10, 3.5 5/127 |x| |w| / sqrt(in), here doubled for tiles of unequal norms: a third of what an output is.
-    From 129 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to steps of
+    From 17 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to steps of
     1/127 of its row's largest level, which lies within 3 deviations: 3.5 3/127 / 2 |x| |w| / sqrt(in) more, doubled for
     scales.
     """
@@ -53,8 +52,7 @@ def check(
     rounded = 2.0**-11 if middle or 16 < tokens <= 1024 else 2.0**-13
     several = qw.block == 128 and qw.group_size in (32, 64)
     tile = 128 if several else min(qw.block, qw.group_size & -qw.group_size)
-    coarse = len(qw.bits) == 1 and qw.group_size % 128 == 0  # tokens up to 128
-    most = 63 if tile < 128 else 128 if coarse else 32 if qw.padded_in <= 8192 else 16
+    most = 63 if tile < 128 else 32 if qw.padded_in <= 8192 else 16
     if not middle and 5 <= tokens <= most and sum(qw.bits) < 6 and x.dtype != torch.float32:
         rounded = 0.28 / qw.padded_in**0.5
     if eight or (eight is None and in_8_bits(qw, x)):
@@ -83,16 +81,16 @@ def needs_hopper() -> None:
 
 
 def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
-    """Whether prefill.cu takes such a weight on Hopper."""
+    """Whether both operands may have 8 bits on Hopper."""
     narrow = len(qw.bits) == 1 and qw.bits[0] <= 4 and x.dtype != torch.float32 and qw.rotation == "hadamard"
-    return narrow and qw.block == 128 and qw.group_size % 128 == 0 and qw.out_features % 8 == 0 and qw.padded_in >= 512
+    return narrow and qw.block == 128 and qw.group_size % 128 == 0 and qw.padded_in >= 512
 
 
 def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
-    """Whether prefill.cu takes the call on Hopper."""
-    large = qw.out_features * qw.padded_in > cuda._SMALL_WEIGHTS
-    least = cuda._PREFILL_TOKENS if qw.out_features < 4096 else cuda._PREFILL_MANY_TOKENS
-    return for_8_bits(qw, x) and large and x.shape[:-1].numel() >= least
+    """Whether middle.cu or prefill.cu takes the call on Hopper so."""
+    tokens = x.shape[:-1].numel()
+    large = qw.out_features * qw.padded_in > cuda._SMALL_WEIGHTS and qw.out_features % 8 == 0
+    return for_8_bits(qw, x) and tokens > 16 and (tokens <= cuda._COARSE_TOKENS or large)
 
 
 def forget_plans() -> None:
@@ -402,7 +400,7 @@ def check_pairs(
     """Every pair of an expert that exists; the others are finite."""
     assert y is not None
     assert y[(ids < 0) | (ids >= 5)].isfinite().all()
-    eight = ids.numel() >= 5 * cuda._PREFILL_TOKENS and for_8_bits(qw[0], x)
+    eight = for_8_bits(qw[0], x)
     for expert in range(5):
         tokens, choices = torch.where(ids == expert)
         check(y[tokens, choices], x[tokens], qw[expert], None if bias is None else bias[expert], True, eight)

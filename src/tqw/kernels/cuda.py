@@ -46,7 +46,6 @@ _COARSE_TOKENS = 128  # up to here middle.cu keeps T(x) in 8 bits, too
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
 _PREFILL_TOKENS = 129  # from here on prefill.cu where both operands may have 8 bits and weights are not few
-_PREFILL_MANY_TOKENS = 65  # of so many outputs that half of the multiprocessors have 128 of them or more
 _PREFILL_BITS = 4  # beyond, what 8 bits cost counts beside the quantization error (benchmarks/activations.py)
 _PREFILL_BYTES = 64 << 20  # of T(x) at once; more tokens come in turns
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
@@ -81,6 +80,9 @@ class _Params(ctypes.Structure):
         ("batch", ctypes.c_int),
         ("experts", ctypes.c_int),
         ("choices", ctypes.c_int),
+        ("arrivals", ctypes.c_int),
+        ("arrived", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
         ("blocks", ctypes.c_int),
         ("block", ctypes.c_void_p),
         ("pair", ctypes.c_void_p),
@@ -120,6 +122,7 @@ class Variant:
     spread: int = 1
     coarse: bool = False
     prefill: bool = False  # prefill.cu instead of middle.cu
+    apart: bool = False
 
     def source(self) -> str:
         macros = {
@@ -127,7 +130,7 @@ class Variant:
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
             "SCALED": int(self.scaled), "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles,
             "FUSED": int(self.fused),
-            "CLUSTER": max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
+            "CLUSTER": 1 if self.apart else max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
@@ -137,9 +140,10 @@ class Variant:
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
-                "COARSE": int(self.coarse), **_wgmma(self.columns, self.coarse),
+                "COARSE": int(self.coarse), "APART": int(self.apart), **_wgmma(self.columns, self.coarse),
             }  # fmt: skip
-            files += ["wgmma.cu", *["route.cu"] * self.experts, "prefill.cu" if self.prefill else "middle.cu"]
+            files += ["wgmma.cu", *["route.cu"] * self.experts, *["int8.cu"] * self.coarse]
+            files += ["prefill.cu" if self.prefill else "middle.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
@@ -155,12 +159,9 @@ class Variant:
         """Eight warps each, of a kernel that transforms 256 inputs of a token with each warp."""
         return -(-(-(-self.padded_in // 256) * tokens) // 8)
 
-    def copy_bytes(self) -> int:
-        """T(x) of a tile in the middle kernel; int8 with the scales of its tokens."""
-        return self.columns * (self.tile + 4 if self.coarse else 2 * self.tile)
-
     def stage_bytes(self) -> int:
-        return -(-self.copy_bytes() // 1024) * 1024
+        """T(x) of a tile in the middle kernel."""
+        return self.columns * self.tile * (1 if self.coarse else 2)
 
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
@@ -436,11 +437,13 @@ class _Plan:
     launches: tuple[_Launch, ...]
     batch: int = 1
     blocks: int = 0  # of pairs of one expert, at most; 0: each pair on its own
+    part_bytes: int = 0  # sums that CTAs leave for each other
+    arrivals: int = 0  # tiles that they share
 
     def scratch_bytes(self, pairs: int) -> int:
-        """T(x), its scales and, for blocks of pairs, the order of the pairs."""
+        """T(x), its scales and, for blocks of pairs, the order of the pairs, or sums of parts of the inputs."""
         order = 8 * (self.blocks + 1) + 4 * self.scale_count + 4 * pairs if self.blocks else 0
-        return self.plane_bytes + 4 * self.scale_count + order
+        return self.plane_bytes + 4 * self.scale_count + order + self.part_bytes + 4 * self.arrivals
 
 
 def _shares(tiles: int, strips: int, warps: int = 16, each: float = 1) -> tuple[int, int]:
@@ -561,12 +564,12 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
+    if tokens <= _COARSE_TOKENS and _takes_8_bits(base, device):
+        return _coarse_variant(base, tokens, out, device)
     if base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS:
         return None
     _, wide = _sizes(base, out, device)
-    if base.planes == 1 and len(base.bits) == 1 and base.group % 128 == 0 and tokens <= _COARSE_TOKENS:
-        base = replace(base, coarse=True)
-    elif wide and tokens <= 128:
+    if wide and tokens <= 128:
         base = replace(base, spread=8)
     units, blocks = device.multiprocessors, -(-tokens // 256)
     groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
@@ -575,23 +578,50 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
     few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
-    warpgroups = (2, 1) if base.coarse or (few and columns > 64) else (1,) if few else (2,)
+    warpgroups = (2, 1) if few and columns > 64 else (1,) if few else (2,)
     divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
     best = min(divisions, key=lambda division: (division.cost, division.split > 2 and division.warpgroups == 2))
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
-    pair = not base.coarse and columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
+    pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
     base = replace(base, columns=columns, warpgroups=best.warpgroups, split=best.split, min_ctas=2 if pair else 1)
-    if base.coarse:
-        full = columns <= 32 or (columns <= 64 and best.ctas * best.warpgroups >= 4)  # of warps with 128 registers
-        base = replace(base, min_ctas=4 // best.warpgroups if full else 1)
-        most = 4 if best.ctas > 2 else 6
-    else:
-        most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
-        most = 2 if columns == 256 else most
+    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
+    most = 2 if columns == 256 else most
     each = device.shared_bytes // best.ctas - 1024
     return replace(
         base, stages=next((n for n in range(most, 2, -1) if replace(base, stages=n).ring_bytes() <= each), 2)
     )
+
+
+def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
+    """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
+
+    The cost is in tiles of 64 rows on a multiprocessor, fitted to 12 shapes of 32, 64 and 128 tokens on one H100."""
+    columns = next(c for c in (8, 16, 32, 64, 96, 128) if c >= tokens)
+    tiles, fit = base.padded_in // base.tile, 4 if columns <= 64 else 3  # warpgroups whose registers fit
+
+    def cost(warpgroups: int, split: int, apart: bool) -> float:
+        groups = -(-out // (64 * warpgroups))
+        # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
+        each = -(-groups * split // int(device.multiprocessors * (1 if apart or split <= 2 else 0.9)))
+        if split > 1 and (each > fit // warpgroups or tiles < 2 * split):
+            return math.inf
+        together = fit // warpgroups
+        alone = (0.6 if warpgroups == 1 else 0.3) * (each if together == 1 else each % together == 1)  # nobody hides its waits
+        adding = 0 if split == 1 else 10 + 2 * split if apart else 4 * split
+        fetching = 0.25 * groups * tiles / device.multiprocessors * columns / 64  # T(x)
+        return (each + alone) * -(-tiles // split) * warpgroups + adding * (columns / 64) ** 0.5 + fetching
+
+    # more parts than eight would be a cluster that not every GPU can launch
+    divisions = [(w, s, apart) for w in (1, 2) for s in range(1, 13) for apart in ((False,) if s == 1 else (True,) if s > 8 else (False, True))]
+    return _coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
+
+
+def _coarse_of(base: Variant, columns: int, warpgroups: int, split: int = 1, apart: bool = False) -> Variant:
+    """As many stages as tiles whose codes are on their way: the number of a stage is then constant."""
+    return replace(
+        base, coarse=True, columns=columns, warpgroups=warpgroups, split=split, spread=split, apart=apart, stages=4,
+        min_ctas=4 // warpgroups if columns <= 64 else 1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -607,9 +637,8 @@ class _Division:
 def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _Device) -> _Division:
     """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
     tiles = base.padded_in // base.tile
-    registers = min(64 + columns, 255) if not base.coarse else 128 if columns <= 64 else 224
-    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=3 if base.coarse else 2).ring_bytes() + 1024
-    fit = max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
+    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
+    fit = max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
 
     def each(split: int) -> int:
         # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
@@ -619,27 +648,26 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
         ctas = each(split)
         together = min(ctas, fit)
         warps = 4 * warpgroups * together
-        waits = (0.75 if base.coarse else 0.6) if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
+        waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
         waits *= (64 / max(64, columns)) ** 0.5
-        adding = 2 * split if split > 2 else 2 * split - 2
-        adding *= (1.33 if columns <= 32 else 2.2) if base.coarse else max(1, columns / 128)
+        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
         return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
 
-    most = min(5 if base.coarse else 8, tiles // 2 or 1)  # 7 with inputs of 8 bits: as fast at best, not steadily
-    splits = (split for split in range(1, most + 1) if split == 1 or each(split) <= fit)
+    splits = (split for split in range(1, min(8, tiles // 2 or 1) + 1) if split == 1 or each(split) <= fit)
     return min(map(division, splits), key=lambda division: division.cost)
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
     blocks = -(-tokens // variant.columns)
     grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
-    ctas = variant.transform_ctas(tokens) if variant.coarse else tokens * variant.spread
-    spread = _Launch(_function(variant, "tqw_spread", device), (ctas, 1), 256, 0, device, variant.spread)
+    spread = _Launch(_function(variant, "tqw_spread", device), (tokens * variant.spread, 1), 256, 0, device, 1 if variant.coarse else variant.spread)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
-    product = _Launch(function, grid, threads, shared, device, variant.split)
-    bytes_of_x = blocks * variant.padded_in // variant.tile * variant.copy_bytes()
-    return _Plan(bytes_of_x, 0 if variant.coarse else tokens, (spread, product))
+    product = _Launch(function, grid, threads, shared, device, 1 if variant.apart else variant.split)
+    bytes_of_x = blocks * variant.steps() * variant.stage_bytes()
+    tiles = grid[0] // variant.split * blocks if variant.apart else 0
+    part_bytes = tiles * variant.split * 256 * variant.warpgroups * variant.columns
+    return _Plan(bytes_of_x, blocks * variant.columns * (variant.spread if variant.coarse else 1), (spread, product), part_bytes=part_bytes, arrivals=tiles)
 
 
 def _prefill_turn(base: Variant) -> int:
@@ -651,11 +679,11 @@ def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> V
     """The variant of prefill.cu that takes the fewest cycles; None: better by another way.
 
     Measured on one H100. To decode takes a step (128 inputs) as long as 260 tokens, whatever their number."""
-    if not _takes_8_bits(base, out, device) or out * base.padded_in <= _SMALL_WEIGHTS or tokens > _prefill_turn(base):
+    if tokens < _PREFILL_TOKENS or tokens > _prefill_turn(base) or out * base.padded_in <= _SMALL_WEIGHTS:
+        return None
+    if out % 8 or not _takes_8_bits(base, device):
         return None
     steps, pairs = base.steps(), device.multiprocessors // 2
-    if tokens < (_PREFILL_TOKENS if out <= 128 * pairs else _PREFILL_MANY_TOKENS):
-        return None
 
     def cost(columns: int, split: int) -> float:
         rows, blocks = 256 // split, -(-tokens // columns)  # of the two CTAs of a cluster
@@ -668,11 +696,11 @@ def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> V
     return _prefill_of(base, columns, split)
 
 
-def _takes_8_bits(base: Variant, out: int, device: _Device) -> bool:
-    """Whether prefill.cu takes such a weight. One scale for a token is only for inputs without outliers: rotated."""
+def _takes_8_bits(base: Variant, device: _Device) -> bool:
+    """Whether both operands may have 8 bits. One scale for a token is only for inputs without outliers: rotated."""
     if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
         return False
-    if not base.rotate or base.group % 128 or out % 8:
+    if not base.rotate or base.group % 128:
         return False
     return base.bits[0] <= _PREFILL_BITS and 512 <= base.padded_in <= 1 << 17
 
@@ -711,8 +739,9 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
         return None
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
     columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
-    if pairs >= _PREFILL_TOKENS * count and _takes_8_bits(base, out, device):
-        return _prefill_of(replace(base, experts=True), max(128, columns))
+    if _takes_8_bits(base, device) and (columns <= _COARSE_TOKENS or out % 8 == 0):
+        base = replace(base, experts=True)
+        return _coarse_of(base, columns, 2) if columns <= _COARSE_TOKENS else _prefill_of(base, columns)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
@@ -740,8 +769,8 @@ def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _D
     spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
     grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
     product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
-    columns = blocks * variant.columns
-    return _Plan(2 * columns * variant.padded_in, columns, (route, spread, product), blocks=blocks)
+    bytes_of_x = blocks * variant.steps() * variant.stage_bytes()
+    return _Plan(bytes_of_x, blocks * variant.columns, (route, spread, product), blocks=blocks)
 
 
 @lru_cache(maxsize=4096)
@@ -819,6 +848,9 @@ class _Ready:
             scratch = torch.empty(plan.scratch_bytes(pairs), dtype=torch.uint8, device=x.device)
             params.planes = scratch.data_ptr()
             params.plane_scale = params.planes + plan.plane_bytes
+        if plan.arrivals:
+            params.parts, params.arrivals = params.plane_scale + 4 * plan.scale_count, plan.arrivals
+            params.arrived = params.parts + plan.part_bytes
         if plan.blocks:
             params.tokens, params.blocks = pairs, plan.blocks
             params.block = params.plane_scale + 4 * plan.scale_count

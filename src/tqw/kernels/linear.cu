@@ -48,6 +48,9 @@ struct Params {
   i64 first_row;        // dequantize: first row of the slice
   int tokens, out, in, vectors, batch;
   int experts, choices;  // EXPERTS: weights stacked in `packed`, rows of y for each row of x
+  int arrivals;          // APART: counters in `arrived`
+  int* arrived;          // for each tile, how many CTAs have left their sums
+  float4* parts;         // these sums
 #if EXPERTS && defined(COLUMNS)
   int blocks;   // places for blocks of at most COLUMNS pairs (token, expert) of one expert
   int2* block;  // [blocks + 1] expert and number of pairs, 0 where there is no block; last, how many there are

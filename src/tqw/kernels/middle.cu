@@ -2,8 +2,8 @@
 // macros, decoders and instructions it uses.
 //
 // Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
-// with weight_scale rounds once); wgmma sums in float32. COARSE: T(x) is int8 with a scale for each token and tile, as in
-// linear.cu with one plane; wgmma multiplies it by the levels, and each tile's int32 sums are scaled. Decoded weights are
+// with weight_scale rounds once); wgmma sums in float32. COARSE: both in int8
+// (int8.cu), a scale for each token, row and CTA. Decoded weights are
 // the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one bulk copy:
 // tqw_spread writes it in that order.
 //
@@ -19,16 +19,20 @@
 
 static_assert(TILE == 128, "a stage is 128 inputs");
 static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
-static constexpr int COPY_BYTES = COLUMNS * (COARSE ? TILE + 4 : 2 * TILE);  // of T(x): a stage of the ring, whole KiB
-static constexpr int STAGE_BYTES = (COPY_BYTES + 1023) / 1024 * 1024;
+#if COARSE
+static constexpr int STAGE_BYTES = X_BYTES, STEPS_OF_X = STEPS_OF_ALL;
+#else
+static constexpr int STAGE_BYTES = 2 * TILE * COLUMNS, STEPS_OF_X = TILES;  // of T(x)
+#endif
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 
+#if !COARSE
 // Byte offset, in T(x) as the product reads it, of the chunk that holds inputs k, k + 1 of a token; chunks k + 2, 4, 6
 // follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
 __device__ __forceinline__ i64 spread_offset(int token, int k) {
   int t = k % TILE / 32, word = k % 32 / 8;
-  return ((i64)(token / COLUMNS) * TILES + k / TILE) * COPY_BYTES + (word / 2) * (COLUMNS * 128) +
+  return ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) +
          token % COLUMNS * 128 + t * 4;
 }
 __device__ __forceinline__ void spread_store(const Params& p, int token, int k, const float* v) {
@@ -39,29 +43,6 @@ __device__ __forceinline__ void spread_store(const Params& p, int token, int k, 
     *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
 }
 
-#if COARSE
-// T(x) of 256 inputs of a token by one warp: int8, in the order of the product. A stage has a row of 128 bytes for each
-// token, in which lane t of a quad has bytes 32 s + 4 t and 32 s + 16 + 4 t of step s (chunks of 16 swizzled), and scales.
-extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  allow_next_kernel();
-  constexpr int CHUNKS = (IN_PADDED + 255) / 256;
-  int item = blockIdx.x * 8 + threadIdx.x / 32, token = item / CHUNKS, k = item % CHUNKS * 256 + (threadIdx.x & 31) * 8;
-  if (token >= p.tokens) return;
-  uint2 channel = channel_bytes(p, k);
-  float v[8];
-  int q[8];
-  wait_for_previous_kernel();
-  scaled_inputs(p, token, k, channel, v);
-  float scale = fixed_point(v, q);
-  if (k >= IN_PADDED) return;
-  int column = token % COLUMNS, at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
-  u8* stage = p.planes + ((i64)(token / COLUMNS) * TILES + k / TILE) * COPY_BYTES;
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    *(u32*)(stage + column * 128 + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
-  if (k % TILE == 0) ((float*)(stage + COLUMNS * 128))[column] = scale;
-}
-#else
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
 // its own column; with EXPERTS each pair has one, and the outputs of an expert that does not exist become 0.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
@@ -168,32 +149,12 @@ __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& hi
 }
 
 #if COARSE
-// A of the four k32 steps of a tile, and the scales of its rows.
-__device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, u32 (*a)[4], float* scale) {
-  constexpr int B = WIDTHS[0], SECOND = words_of(B, 0);
+// A of two k32 steps of a tile, by the tables of its two rows.
+__device__ __forceinline__ void prepare(const RowLevels* table, const Unit& unit, int half, u32 (*a)[4]) {
 #pragma unroll
-  for (int s = 0; s < 4; s++) {
+  for (int s = 0; s < 2; s++) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if constexpr (B == 4)
-        decode_whole(tables, unit.codes[h][s], a[s] + h);
-      else
-        decode<B>(unit.codes[h], unit.codes[h] + SECOND, s, a[s][h], a[s][h + 2]);
-    }
-  }
-  scale[0] = half_to_float(unit.scales[0][0][0]), scale[1] = half_to_float(unit.scales[1][0][0]);
-}
-// total += weight_scale * x_scale * d of a tile.
-__device__ __forceinline__ void add_tile(float* total, int* d, const float* scale, const float* x_scale, int t) {
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+r"(d[i])::"memory");  // not read before the products are done
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i += 4) {
-    float2 x = *(const float2*)(x_scale + 2 * i + 2 * t);
-    total[i] = fmaf(scale[0] * x.x, (float)d[i], total[i]);
-    total[i + 1] = fmaf(scale[0] * x.y, (float)d[i + 1], total[i + 1]);
-    total[i + 2] = fmaf(scale[1] * x.x, (float)d[i + 2], total[i + 2]);
-    total[i + 3] = fmaf(scale[1] * x.y, (float)d[i + 3], total[i + 3]);
+    for (int h = 0; h < 2; h++) decode<WIDTH>(table[h], unit.codes[h], unit.codes[h] + SECOND, 2 * half + s, a[s][h], a[s][h + 2]);
   }
 }
 #else
@@ -235,9 +196,36 @@ __device__ __forceinline__ void multiply_half(const Tables& tables, const Unit& 
 }
 #endif
 
+#if APART
+// The sums of all CTAs that share a tile, in the one that comes last; false: in another.
+__device__ __forceinline__ bool add_parts(const Params& p, int tile, int rank, float* sums, int* earlier) {
+  float4* part = p.parts + (i64)tile * SPLIT * (COLUMNS / 8) * (128 * WARPGROUPS) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 8; i++)
+    part[(rank * (COLUMNS / 8) + i) * (128 * WARPGROUPS)] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *earlier = atomicAdd(p.arrived + tile, 1);
+  __syncthreads();
+  if (*earlier < SPLIT - 1) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 8; i++) {
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int r = 0; r < SPLIT; r++) {
+      float4 v = __ldcg(part + (r * (COLUMNS / 8) + i) * (128 * WARPGROUPS));
+      total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+    }
+    sums[4 * i] = total.x, sums[4 * i + 1] = total.y, sums[4 * i + 2] = total.z, sums[4 * i + 3] = total.w;
+  }
+  return true;
+}
+#endif
+
 // Four neighbouring sums, of all CTAs of the cluster.
 __device__ __forceinline__ void read_sums(const float* mine, float* value) {
-#if SPLIT > 1
+#if CLUSTER > 1
   value[0] = value[1] = value[2] = value[3] = 0.f;
 #pragma unroll
   for (int rank = 0; rank < SPLIT; rank++) {
@@ -288,105 +276,129 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   int row0 = min(first_row + warp * 16 + g, p.out - 1), row1 = min(first_row + warp * 16 + g + 8, p.out - 1);
   u32 full = shared_address(ring + RING_BYTES), empty = full + 8 * STAGES, stage0 = shared_address(ring);
 
-  Unit units[2];
-  load_pass<0>(p, units[0], row0, row1, begin * TILE, t);
-  load_pass<0>(p, units[1], row0, row1, min(begin + 1, end - 1) * TILE, t);
+  constexpr int AHEAD = COARSE ? 4 : 2;  // tiles whose codes are on their way
+  Unit units[AHEAD];
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) load_pass<0>(p, units[i], row0, row1, min(begin + i, end - 1) * TILE, t);
+#if COARSE
+  float most[2];
+  row_scales(p, row0, row1, begin, end, t, most);
+#endif
   if (threadIdx.x == 0) {
-    constexpr int ARRIVALS = (COARSE && EVERY_LANE ? 128 : 4) * WARPGROUPS;
+    constexpr int ARRIVALS = (EVERY_LANE ? 128 : 4) * WARPGROUPS;
     for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, ARRIVALS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
-  const u8* x = p.planes + (i64)blockIdx.y * TILES * COPY_BYTES;
+  const u8* x = p.planes + (i64)blockIdx.y * STEPS_OF_X * STAGE_BYTES;
   auto fill = [&](int stage, int tile) {
-    barrier_expect(full + 8 * stage, COPY_BYTES);
-    copy_bulk(stage0 + stage * STAGE_BYTES, x + (i64)tile * COPY_BYTES, COPY_BYTES, full + 8 * stage);
+    barrier_expect(full + 8 * stage, STAGE_BYTES);
+    copy_bulk(stage0 + stage * STAGE_BYTES, x + (i64)tile * STAGE_BYTES, STAGE_BYTES, full + 8 * stage);
   };
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES && begin + i < end; i++) fill(i, begin + i);
-#if !COARSE
+  const float* x_scales = p.plane_scale + (COARSE ? rank * gridDim.y * COLUMNS : 0) + first_token;
   for (int i = threadIdx.x; i < tokens; i += 128 * WARPGROUPS)  // needed at the end, and a long way off
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scale_of + i)), "l"(p.plane_scale + first_token + i)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scale_of + i)), "l"(x_scales + i)
                  : "memory");
-#endif
 
-  float total[COLUMNS / 2];
+  Sum d[COLUMNS / 2];
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++) total[i] = 0.f;
+  for (int i = 0; i < COLUMNS / 2; i++) d[i] = 0;
   int stage = 0, parity = 0, tile = begin;
   auto stage_before = [&](int by) { return stage >= by ? stage - by : stage - by + STAGES; };
-#if COARSE
-  const Tables words = tables();
-  u32 a[2][4][4];
-  int d[COLUMNS / 2];
-  float scales[2][2];
-  prepare(words, units[0], a[0], scales[0]);
-  load_pass<0>(p, units[0], row0, row1, min(begin + 2, end - 1) * TILE, t);
-  // Multiplies a tile while the next is decoded.
-  auto work = [&](int now, int then) {
-    barrier_wait(full + 8 * stage, parity);
-    const u8* here = ring + stage * STAGE_BYTES;
-    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
-    fence_sums();
-#pragma unroll
-    for (int s = 0; s < 4; s++) multiply_async(d, a[now][s], b + 2 * s, s > 0);
-    commit_products();
-    prepare(words, units[then], a[then], scales[then]);
-    load_pass<0>(p, units[then], row0, row1, min(tile + 3, end - 1) * TILE, t);
-    wait_products<0>();
-    add_tile(total, d, scales[now], (const float*)(here + COLUMNS * 128), t);
-    if (!EVERY_LANE) __syncwarp();
-    if (EVERY_LANE || lane == 0) barrier_arrive(empty + 8 * stage);
-    int next = tile - 1 + STAGES, free = stage_before(1);
-    if (threadIdx.x == 0 && tile > begin && next < end) {
-      barrier_wait(empty + 8 * free, parity ^ (free > stage));
-      fill(free, next);
-    }
-    __syncwarp();
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-    return ++tile < end;
-  };
-  while (work(0, 1) && work(1, 0)) {
-  }
-#else
-  float* d = total;
-  u32 a[2][4][4];
-  const Tables words = tables<BIAS>();
   // A stage is filled again LAG tiles after its own, when the slowest warp is likely to be done with it.
   constexpr int LAG = STAGES >= 4 ? 2 : 1;
-  auto work = [&](Unit& unit) {
-    barrier_wait(full + 8 * stage, parity);
-    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
-    multiply_half<0>(words, unit, 0, b, d, a);
-    wait_products<1>();  // the tile before is done
-    if (tile > begin && lane == 0) barrier_arrive(empty + 8 * stage_before(1));
+  auto fill_again = [&] {
     int next = tile - LAG + STAGES, free = stage_before(LAG);
     if (threadIdx.x == 0 && tile >= begin + LAG && next < end) {
       barrier_wait(empty + 8 * free, parity ^ (free > stage));
       fill(free, next);
     }
     __syncwarp();
-    multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
-    wait_products<1>();
-    load_pass<0>(p, unit, row0, row1, min(tile, end - 3) * TILE + 2 * TILE, t);
+  };
+  auto release_last = [&] {  // the tile before is done
+    if (tile > begin && (EVERY_LANE || lane == 0)) barrier_arrive(empty + 8 * stage_before(1));
+  };
+  auto advance = [&] {
     if (++stage == STAGES) stage = 0, parity ^= 1;
     return ++tile < end;
   };
+#if COARSE
+  LaneLevels levels;
+  keep_levels<0>(levels, t);
+  RowLevels table[2];
+  table[0].keep = table[1].keep = Levels<WIDTH>::keep ^ threadIdx.z;  // in a register that the compiler cannot take for a constant
+  float inverse[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) inverse[h] = most[h] > 0.f ? 1.f / most[h] : 0.f;
+  u32 a[2][2][4];
+  // Half a tile is multiplied while the next half is decoded.
+  auto work = [&](Unit& unit) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) make_table(table[h], levels, half_to_float(unit.scales[h][0][0]) * inverse[h]);
+    prepare(table, unit, 0, a[0]);
+    barrier_wait(full + 8 * stage, parity);
+    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
+    fence_sums();
+#pragma unroll
+    for (int s = 0; s < 2; s++) multiply_async(d, a[0][s], b + 2 * s);
+    commit_products();
+    wait_products<1>();
+    release_last();
+    fill_again();
+    prepare(table, unit, 1, a[1]);
+    load_pass<0>(p, unit, row0, row1, min(tile + AHEAD, end - 1) * TILE, t);
+    fence_sums();
+#pragma unroll
+    for (int s = 0; s < 2; s++) multiply_async(d, a[1][s], b + 4 + 2 * s);
+    commit_products();
+    wait_products<1>();
+    return advance();
+  };
+  while (work(units[0]) && work(units[1]) && work(units[2]) && work(units[3])) {
+  }
+#else
+  u32 a[2][4][4];
+  const Tables words = tables<BIAS>();
+  auto work = [&](Unit& unit) {
+    barrier_wait(full + 8 * stage, parity);
+    u64 b = descriptor(stage0 + stage * STAGE_BYTES);
+    multiply_half<0>(words, unit, 0, b, d, a);
+    wait_products<1>();
+    release_last();
+    fill_again();
+    multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
+    wait_products<1>();
+    load_pass<0>(p, unit, row0, row1, min(tile, end - 3) * TILE + 2 * TILE, t);
+    return advance();
+  };
   while (work(units[0]) && work(units[1])) {
   }
+#endif
   wait_products<0>();
   asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 
   // Through shared memory, so that rows are written side by side.
   __syncthreads();
   float* sums = (float*)ring;
+  auto column_of = [&](int i) { return i / 4 * 8 + 2 * t + i % 2; };
+  float total[COLUMNS / 2];
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++)
-    sums[(i / 4 * 8 + 2 * t + i % 2) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
-#if SPLIT > 1
+  for (int i = 0; i < COLUMNS / 2; i++) {
+    total[i] = d[i] * scale_of[column_of(i)];
+#if COARSE
+    total[i] *= most[i % 4 / 2] * (1 / LIFT);
+#endif
+  }
+#if APART
+  if (!add_parts(p, blockIdx.y * (gridDim.x / SPLIT) + blockIdx.x / SPLIT, rank, total, (int*)scale_of)) return;
+#endif
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++) sums[column_of(i) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
+#if CLUSTER > 1
   cluster_arrive();
   cluster_wait();
 #else
@@ -399,13 +411,11 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #endif
   bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
 #pragma unroll 4
-  for (int i = (rank * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += SPLIT * 1024 * WARPGROUPS) {
+  for (int i = ((CLUSTER > 1 ? rank : 0) * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += CLUSTER * 1024 * WARPGROUPS) {
     int token = i / ROWS, row = first_row + i % ROWS;
-    float value[8], scale = COARSE ? 1.f : scale_of[token];
+    float value[8];
 #pragma unroll
     for (int h = 0; h < 2; h++) read_sums(sums + token * SUM_PITCH + i % ROWS + 4 * h, value + 4 * h);
-#pragma unroll
-    for (int j = 0; j < 8; j++) value[j] *= scale;
     if (whole) {
       if (row < p.out) store_eight(p, output(token), row, value);
     } else {
@@ -414,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
         if (row + j < p.out) store_output(p, output(token), row + j, value[j]);
     }
   }
-#if SPLIT > 1
+#if CLUSTER > 1
   cluster_signal();  // no CTA leaves while another still reads its sums
   cluster_wait();
 #endif

@@ -19,114 +19,16 @@
 //            tqw_route
 
 static_assert(TILE == 128 && SUBS == 1 && PASSES == 1 && COARSE, "a stage is 128 inputs with one scale to a row");
-static constexpr int WIDTH = WIDTHS[0];
-static constexpr int ROWS = 64 * WARPGROUPS, ROW_BYTES = TILE / 8 * WIDTH, SECOND = words_of(WIDTH, 0);
-static constexpr int X_BYTES = COLUMNS * TILE, CODE_BYTES = ROWS * ROW_BYTES;
+static constexpr int ROWS = 64 * WARPGROUPS, ROW_BYTES = TILE / 8 * WIDTH;
+static constexpr int CODE_BYTES = ROWS * ROW_BYTES;
 static constexpr int STAGE_BYTES = (X_BYTES + CODE_BYTES + 4 * ROWS + 1023) / 1024 * 1024;
 static constexpr int STAGED = COLUMNS / 2;                 // tokens whose outputs are staged at once
 static constexpr int OUTPUT_BYTES = STAGED * 128 * SPLIT;  // of a warpgroup: these, or the sums of half the tokens
-static constexpr int STEPS_OF_ALL = (TILES + 1) / 2 * 2;   // an even number: inputs of the last may be 0
 static constexpr int STEPS_OF_CTA = STEPS_OF_ALL / SPLIT;
 static constexpr int SHARING = CLUSTER / SPLIT;            // CTAs that fetch T(x) for each other
 static constexpr int GROUPED = 4;                          // blocks of tokens that pass over rows together
 static_assert(STEPS_OF_CTA % 2 == 0 && STEPS_OF_CTA >= STAGES, "registers take turns, and so do the scales of two tiles");
 
-// T(x) of one token, in the order of the product (as middle.cu has it in 8 bits). x is read once.
-extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int INPUTS = STEPS_OF_ALL * TILE, ROUNDS = (INPUTS + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
-  int column = blockIdx.x, lane = threadIdx.x & 31, first = threadIdx.x * 8;  // a token, its own column; or a pair
-  i64 token = EXPERTS ? blockIdx.x / p.choices : blockIdx.x;
-  allow_next_kernel();
-  uint2 channel[KEPT];
-  float v[KEPT][8], most = 0.f;
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, r * 2048 + first);
-  wait_for_previous_kernel();
-#if EXPERTS
-  column = p.column[blockIdx.x];
-  if (column < 0) return clear_outputs(p, blockIdx.x);
-#endif
-  auto rotate = [&](float (&v)[8]) {
-#if ROTATE
-    hadamard(v, lane);
-#endif
-  };
-  auto measure = [&](const float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
-  };
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) scaled_inputs(p, token, r * 2048 + first, channel[r], v[r]);
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) rotate(v[r]), measure(v[r]);
-#pragma unroll 1
-  for (int r = KEPT; r < ROUNDS; r++) {  // the rest is read again
-    float w[8];
-    scaled_inputs(p, token, r * 2048 + first, w);
-    rotate(w), measure(w);
-  }
-  most = most_of_warps(most);
-  // A NaN or Inf makes the scale NaN or Inf and so every output of the token NaN.
-  float scale = most * (1.f / 127), inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
-  if (threadIdx.x == 0) p.plane_scale[column] = scale;
-  auto store = [&](const float (&v)[8], int k) {
-    if (k >= INPUTS) return;
-    int q[8], at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
-#pragma unroll
-    for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
-    u8* row = p.planes + ((i64)(column / COLUMNS) * STEPS_OF_ALL + k / TILE) * X_BYTES + column % COLUMNS * 128;
-#pragma unroll
-    for (int i = 0; i < 2; i++) *(u32*)(row + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
-  };
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) store(v[r], r * 2048 + first);
-#pragma unroll 1
-  for (int r = KEPT; r < ROUNDS; r++) {
-    float w[8];
-    scaled_inputs(p, token, r * 2048 + first, w);
-    rotate(w), store(w, r * 2048 + first);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- V in 8 bits
-
-// The levels of a row's group, rounded.
-struct RowLevels {
-  u32 words[1 << (WIDTH - 2)], keep;
-  template <int FIRST>
-  __device__ __forceinline__ u32 word() const {
-    return words[FIRST / 4];
-  }
-};
-// With one scale to a row levels stay as they are; else the largest becomes 127.
-static constexpr int LARGEST = level(WIDTH, (1 << WIDTH) - 1);
-static constexpr float LIFT = GROUPS == 1 ? 1.f : 127.f / LARGEST;
-// What a lane keeps of the levels: those of words t, t + 4, ...; a quad makes a row's table together.
-static constexpr int WORDS = 1 << (WIDTH - 2), OF_QUAD = WORDS < 4 ? WORDS : 4;
-struct LaneLevels {
-  float level[WORDS / OF_QUAD][4];
-};
-template <int FIRST>
-__device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
-  if (FIRST / 4 % OF_QUAD == t % OF_QUAD) {
-    u32 word = table_word<WIDTH, FIRST>();
-#pragma unroll
-    for (int i = 0; i < 4; i++) mine.level[FIRST / 4 / OF_QUAD][i] = LIFT * (signed char)(word >> (8 * i));
-  }
-  if constexpr (FIRST + 4 < 1 << WIDTH) keep_levels<FIRST + 4>(mine, t);
-}
-__device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& mine, float ratio) {
-#pragma unroll
-  for (int j = 0; j < WORDS; j += OF_QUAD) {
-    int n[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // 1.5 * 2^23 + n has n in its lower byte; |ratio| <= 1
-      n[i] = __float_as_int(fmaf(mine.level[j / OF_QUAD][i], ratio, 12582912.f));
-    u32 word = lower_bytes(n);
-#pragma unroll
-    for (int i = 0; i < OF_QUAD; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4);
-  }
-}
 // A of the four k32 steps of a tile, from a stage's codes and scales. `odd`: whose of two groups the scales are.
 __device__ __forceinline__ void prepare(const LaneLevels& levels, const float* inverse, const u8* codes, int row, int t,
                                         const int* odd, u32 keep, u32 (*a)[4]) {
@@ -143,20 +45,6 @@ __device__ __forceinline__ void prepare(const LaneLevels& levels, const float* i
     make_table(table, levels, half_to_float(scale) * inverse[h]);
 #pragma unroll
     for (int s = 0; s < 4; s++) decode<WIDTH>(table, words, words + SECOND, s, a[s][h], a[s][h + 2]);
-  }
-}
-// The largest weight scales of two rows, by the lanes of a quad.
-__device__ __forceinline__ void row_scales(const Params& p, i64 row0, i64 row1, int t, float* most) {
-  most[0] = most[1] = 0.f;
-#pragma unroll 8
-  for (int group = t; group < GROUPS; group += 4) {
-    most[0] = fmaxf(most[0], fabsf(half_to_float(p.scale[0][row0 * GROUPS + group])));
-    most[1] = fmaxf(most[1], fabsf(half_to_float(p.scale[0][row1 * GROUPS + group])));
-  }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], bit));
   }
 }
 
@@ -341,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS + 128, 1) tqw_pref
     float most[2], inverse[2];
     auto take_rows = [&](const Tile& tile) {
       i64 row0 = tile.row(p, row), row1 = tile.row(p, row + 8);
-      row_scales(p, row0, row1, t, most);
+      row_scales(p, row0, row1, 0, TILES, t, most);
       odd[0] = row0 * GROUPS & 1, odd[1] = row1 * GROUPS & 1;
 #pragma unroll
       for (int h = 0; h < 2; h++) inverse[h] = most[h] > 0.f ? 1.f / most[h] : 0.f;

@@ -1,0 +1,141 @@
+// T(x) and V in 8 bits, for the products of middle.cu and prefill.cu: appended to linear.cu and wgmma.cu.
+//
+// T(x) is int8 with one scale for each token (and part of the inputs, of which there are SPREAD). V is int8 with one scale for each row, the largest of its weight scales
+// (row_scale): a table for each row and group, made on the way, has level * weight_scale / row_scale in steps of 1/127
+// of the largest level. So one int32 sum runs over all inputs, and nothing is scaled before the end.
+//
+//     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
+//
+// In memory T(x) has COLUMNS rows of 128 bytes for each step of 128 inputs, in which lane t of a quad has bytes
+// 32 s + 4 t and 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled).
+//
+// COLUMNS    tokens that are side by side       SPREAD    parts of the inputs
+
+static_assert(TILE == 128 && SUBS == 1 && PASSES == 1, "a step is 128 inputs with one scale to a row");
+static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
+static constexpr int X_BYTES = COLUMNS * TILE;            // of a step
+static constexpr int STEPS_OF_ALL = (TILES + 1) / 2 * 2;  // an even number: inputs of the last may be 0
+
+// T(x) of one token, or of a part of its inputs. x is read once.
+extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
+  constexpr int ROUNDS = ((STEPS_OF_ALL + SPREAD - 1) / SPREAD * TILE + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
+  int part = blockIdx.x % SPREAD, lane = threadIdx.x & 31;
+  int first = TILES * part / SPREAD * TILE + threadIdx.x * 8;
+  int end = part + 1 == SPREAD ? STEPS_OF_ALL * TILE : TILES * (part + 1) / SPREAD * TILE;
+  int column = blockIdx.x / SPREAD;  // a token is its own column; or a pair
+  i64 token = EXPERTS ? column / p.choices : column;
+  auto input = [&](int r) {  // the lane's first one of a round
+    int k = first + r * 2048;
+    return k < end ? k : STEPS_OF_ALL * TILE;
+  };
+  allow_next_kernel();
+  uint2 channel[KEPT];
+  float v[KEPT][8], most = 0.f;
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, input(r));
+  wait_for_previous_kernel();
+#if APART
+  for (int i = blockIdx.x * 256 + threadIdx.x; i < p.arrivals; i += gridDim.x * 256) p.arrived[i] = 0;
+#endif
+#if EXPERTS
+  column = p.column[blockIdx.x];
+  if (column < 0) return clear_outputs(p, blockIdx.x);
+#endif
+  auto rotate = [&](float (&v)[8]) {
+#if ROTATE
+    hadamard(v, lane);
+#endif
+  };
+  auto measure = [&](const float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
+  };
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) scaled_inputs(p, token, input(r), channel[r], v[r]);
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) rotate(v[r]), measure(v[r]);
+#pragma unroll 1
+  for (int r = KEPT; r < ROUNDS; r++) {  // the rest is read again
+    float w[8];
+    scaled_inputs(p, token, input(r), w);
+    rotate(w), measure(w);
+  }
+  most = most_of_warps(most);
+  // A NaN or Inf makes the scale NaN or Inf and so every output of the token NaN.
+  float scale = most * (1.f / 127), inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
+  int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
+  if (threadIdx.x == 0) p.plane_scale[part * columns + column] = scale;
+  auto store = [&](const float (&v)[8], int k) {
+    if (k >= end) return;
+    int q[8], at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
+#pragma unroll
+    for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
+    u8* row = p.planes + ((i64)(column / COLUMNS) * STEPS_OF_ALL + k / TILE) * X_BYTES + column % COLUMNS * 128;
+#pragma unroll
+    for (int i = 0; i < 2; i++) *(u32*)(row + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
+  };
+#pragma unroll
+  for (int r = 0; r < KEPT; r++) store(v[r], input(r));
+#pragma unroll 1
+  for (int r = KEPT; r < ROUNDS; r++) {
+    float w[8];
+    scaled_inputs(p, token, input(r), w);
+    rotate(w), store(w, input(r));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- V in 8 bits
+
+// The levels of a row's group, rounded.
+struct RowLevels {
+  u32 words[1 << (WIDTH - 2)], keep;
+  template <int FIRST>
+  __device__ __forceinline__ u32 word() const {
+    return words[FIRST / 4];
+  }
+};
+// With one scale to a row levels stay as they are; else the largest becomes 127.
+static constexpr int LARGEST = level(WIDTH, (1 << WIDTH) - 1);
+static constexpr float LIFT = GROUPS == 1 ? 1.f : 127.f / LARGEST;
+// What a lane keeps of the levels: those of words t, t + 4, ...; a quad makes a row's table together.
+static constexpr int WORDS = 1 << (WIDTH - 2), OF_QUAD = WORDS < 4 ? WORDS : 4;
+struct LaneLevels {
+  float level[WORDS / OF_QUAD][4];
+};
+template <int FIRST>
+__device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
+  if (FIRST / 4 % OF_QUAD == t % OF_QUAD) {
+    u32 word = table_word<WIDTH, FIRST>();
+#pragma unroll
+    for (int i = 0; i < 4; i++) mine.level[FIRST / 4 / OF_QUAD][i] = LIFT * (signed char)(word >> (8 * i));
+  }
+  if constexpr (FIRST + 4 < 1 << WIDTH) keep_levels<FIRST + 4>(mine, t);
+}
+__device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& mine, float ratio) {
+#pragma unroll
+  for (int j = 0; j < WORDS; j += OF_QUAD) {
+    int n[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // 1.5 * 2^23 + n has n in its lower byte; |ratio| <= 1
+      n[i] = __float_as_int(fmaf(mine.level[j / OF_QUAD][i], ratio, 12582912.f));
+    u32 word = lower_bytes(n);
+#pragma unroll
+    for (int i = 0; i < OF_QUAD; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4);
+  }
+}
+// The largest weight scales of two rows, for tiles [begin, end), by the lanes of a quad.
+__device__ __forceinline__ void row_scales(const Params& p, i64 row0, i64 row1, int begin, int end, int t, float* most) {
+  most[0] = most[1] = 0.f;
+  int last = (end * TILE - 1) / GROUP;
+#pragma unroll 8
+  for (int group = begin * TILE / GROUP + t; group <= last; group += 4) {
+    most[0] = fmaxf(most[0], fabsf(half_to_float(p.scale[0][row0 * GROUPS + group])));
+    most[1] = fmaxf(most[1], fabsf(half_to_float(p.scale[0][row1 * GROUPS + group])));
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], bit));
+  }
+}
+
