@@ -385,7 +385,7 @@ def test_experts_are_the_dense_experts(bits, out_features, in_features, dtype):
     for token, choices in enumerate(ids.tolist()):
         for choice, expert in enumerate(choices):
             if 0 <= expert < 5:
-                check(y[token, choice][None], x[token][None], qw[expert], bias[expert])
+                check(y[token, choice][None], x[token][None], qw[expert], bias[expert], eight=for_8_bits(qw[0], x))
 
 
 def skewed_ids(tokens: int, choices: int = 2) -> torch.Tensor:

@@ -40,12 +40,12 @@ from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
-_NARROW_TOKENS = 24  # up to here where T(x) is one plane, of few inputs, and outputs are few too
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
-_COARSE_TOKENS = 128  # up to here middle.cu keeps T(x) in 8 bits, too
+_COARSE_TOKENS = 256  # up to here middle.cu keeps T(x) in 8 bits, too
 _MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
-_PREFILL_TOKENS = 129  # from here on prefill.cu where both operands may have 8 bits and weights are not few
+_PREFILL_TOKENS = 257  # from here on prefill.cu where both operands may have 8 bits and weights are not few
+_MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
 _PREFILL_BITS = 4  # beyond, what 8 bits cost counts beside the quantization error (benchmarks/activations.py)
 _PREFILL_BYTES = 64 << 20  # of T(x) at once; more tokens come in turns
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
@@ -486,14 +486,14 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     each = strips / device.multiprocessors
-    warps, share = _shares(tiles // split, split, 16 if tokens <= _DECODE_TOKENS else 8, each)
-    if many and split == 1 and 8 < tokens <= _DECODE_TOKENS and tiles > 20:
+    warps, share = _shares(tiles // split, split, each=each)
+    if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
         ring, early = (2, 2) if wide else (4, 1)
     elif tokens > 8:
-        ring, early = (3 if many or tokens > _DECODE_TOKENS else 2), 2
+        ring, early = (3 if many else 2), 2
     return replace(
         base,
         planes=planes,
@@ -595,33 +595,43 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
     """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
 
-    The cost is in tiles of 64 rows on a multiprocessor, fitted to 12 shapes of 32, 64 and 128 tokens on one H100."""
-    columns = next(c for c in (8, 16, 32, 64, 96, 128) if c >= tokens)
-    tiles, fit = base.padded_in // base.tile, 4 if columns <= 64 else 3  # warpgroups whose registers fit
+    The cost is in tiles of 64 rows, fitted to 12 shapes of 32 to 256 tokens on one H100."""
+    blocks = -(-tokens // 256)
+    columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= -(-tokens // blocks))
+    tiles, wide, thin = base.padded_in // base.tile, (columns / 64) ** 0.5, (64 / max(64, columns)) ** 0.5
 
     def cost(warpgroups: int, split: int, apart: bool) -> float:
-        groups = -(-out // (64 * warpgroups))
+        groups, together = -(-out // (64 * warpgroups)) * blocks, _together(columns) // warpgroups
         # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
         each = -(-groups * split // int(device.multiprocessors * (1 if apart or split <= 2 else 0.9)))
-        if split > 1 and (each > fit // warpgroups or tiles < 2 * split):
+        if split > 1 and (each > together or tiles < 2 * split):
             return math.inf
-        together = fit // warpgroups
-        alone = (0.6 if warpgroups == 1 else 0.3) * (each if together == 1 else each % together == 1)  # nobody hides its waits
-        adding = 0 if split == 1 else 10 + 2 * split if apart else 4 * split
-        fetching = 0.25 * groups * tiles / device.multiprocessors * columns / 64  # T(x)
-        return (each + alone) * -(-tiles // split) * warpgroups + adding * (columns / 64) ** 0.5 + fetching
+        alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
+        alone *= (0.6 if warpgroups == 1 else 0.3) * thin
+        adding = 0 if split == 1 else 10 + 2.5 * split if apart else 4.5 * split
+        fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
+        return (each + alone) * -(-tiles // split) * warpgroups + (adding + fetching) * wide
 
-    # more parts than eight would be a cluster that not every GPU can launch
-    divisions = [(w, s, apart) for w in (1, 2) for s in range(1, 13) for apart in ((False,) if s == 1 else (True,) if s > 8 else (False, True))]
+    # a cluster of more than eight is not for every GPU
+    shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
+    divisions = [(warpgroups, *how) for warpgroups in (1, 2) for how in ((1, False), *shared)]
     return _coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
 
 
+def _together(columns: int) -> int:
+    """Warpgroups of middle.cu with operands of 8 bits whose registers a multiprocessor holds."""
+    return 4 if columns <= 64 else 3 if columns <= 128 else 2
+
+
 def _coarse_of(base: Variant, columns: int, warpgroups: int, split: int = 1, apart: bool = False) -> Variant:
-    """As many stages as tiles whose codes are on their way: the number of a stage is then constant."""
-    return replace(
+    """As many stages as tiles whose codes are on their way, so that a stage's number is constant, where they fit."""
+    ctas = _together(columns) // warpgroups
+    variant = replace(
         base, coarse=True, columns=columns, warpgroups=warpgroups, split=split, spread=split, apart=apart, stages=4,
-        min_ctas=4 // warpgroups if columns <= 64 else 1,
+        min_ctas=ctas if columns <= 64 else 1,
     )  # fmt: skip
+    fits = (variant.ring_bytes() + 1024) * ctas <= _MULTIPROCESSOR_BYTES
+    return variant if fits else replace(variant, stages=3)
 
 
 @dataclass(frozen=True)
@@ -739,9 +749,10 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
         return None
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
     columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
-    if _takes_8_bits(base, device) and (columns <= _COARSE_TOKENS or out % 8 == 0):
+    if _takes_8_bits(base, device):
         base = replace(base, experts=True)
-        return _coarse_of(base, columns, 2) if columns <= _COARSE_TOKENS else _prefill_of(base, columns)
+        prefill = out % 8 == 0 and pairs > 128 * count
+        return _prefill_of(base, columns) if prefill else _coarse_of(base, columns, 2 if columns <= 64 else 1)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
@@ -801,8 +812,7 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: in
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    narrow = base.planes == 1 and not any(_sizes(base, out, device))
-    if tokens <= (_NARROW_TOKENS if narrow else _DECODE_TOKENS):
+    if tokens <= _DECODE_TOKENS:
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan

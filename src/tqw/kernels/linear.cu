@@ -653,6 +653,7 @@ static constexpr int STRIPS = WARPS / SHARE;                                   /
 static constexpr int TURNS = (RANK_TILES + SHARE - 1) / SHARE;                 // tiles of a strip that one warp takes
 static constexpr int PITCH = RANK_IN + 16;   // 16: two columns share no bank
 static constexpr int ACROSS = SHARE * TILE;  // inputs from one tile of a warp to its next
+static constexpr int TURNS_OF_HALF = (TURNS + 1) / 2, HALF = TURNS > 1 ? TURNS_OF_HALF * ACROSS : RANK_IN;  // T(x) comes in two halves
 
 // A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
 // g + 8 (with several groups, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
@@ -845,13 +846,19 @@ template <class F>
 __device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived, F meanwhile) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {  // in the order in which they are needed
+      int k = half * HALF, bytes = half ? RANK_IN - HALF : HALF;
+      if (bytes == 0) break;
 #if CLUSTER > SPLIT  // each CTA brings its share to all
-    for (int i = threadIdx.x * CLUSTER + blockIdx.x % CLUSTER; i < PLANES * p.tokens; i += 32 * CLUSTER)
-      copy_bulk_to_all(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED, IN_PADDED, arrived);
+      for (int i = threadIdx.x * CLUSTER + blockIdx.x % CLUSTER; i < PLANES * p.tokens; i += 32 * CLUSTER)
+        copy_bulk_to_all(shared_address(to.planes + i * PITCH + k), p.planes + (i64)i * IN_PADDED + k, bytes, arrived + 8 * half);
 #else
-    for (int i = threadIdx.x; i < PLANES * p.tokens; i += 32)
-      copy_bulk(shared_address(to.planes + i * PITCH), p.planes + (i64)i * IN_PADDED + rank * RANK_IN, RANK_IN, arrived);
+      for (int i = threadIdx.x; i < PLANES * p.tokens; i += 32)
+        copy_bulk(shared_address(to.planes + i * PITCH + k), p.planes + (i64)i * IN_PADDED + rank * RANK_IN + k, bytes,
+                  arrived + 8 * half);
 #endif
+    }
   }
 #else
   constexpr int PIECES = RANK_IN / 16;
@@ -864,9 +871,6 @@ __device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, i
     to.scales[i] = p.plane_scale[(i64)(i / RANK_TILES) * TILES + rank * RANK_TILES + i % RANK_TILES];
   meanwhile();
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  barrier_wait(arrived, 0);
-#endif
 }
 
 // The SPLIT CTAs of a cluster share the inputs; a cluster owns every so-many-th set of STRIPS strips of 16 rows (the last
@@ -881,7 +885,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #else
   const Params& p = given;
 #endif
-  extern __shared__ __align__(16) u8 shared[];  // ring | a barrier | sums | planes | their scales
+  extern __shared__ __align__(16) u8 shared[];  // ring | barriers | sums | planes | their scales
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0, cluster = blockIdx.x / SPLIT, clusters = gridDim.x / SPLIT;
   int share = warp % SHARE, lot = warp / SHARE;
@@ -896,9 +900,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   u32 arrived = shared_address(shared + RING * SLOT_BYTES);
 #if !FUSED && __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
-    barrier_init(arrived, 1);
+    barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(arrived, PLANES * p.tokens * RANK_IN);
+    barrier_expect(arrived, PLANES * p.tokens * HALF), barrier_expect(arrived + 8, PLANES * p.tokens * (RANK_IN - HALF));
   }
   __syncwarp();
 #endif
@@ -976,6 +980,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       __syncwarp();
       fetch_next(slot);
       slot = slot + 1 == RING ? 0 : slot + 1;
+#if !FUSED && __CUDA_ARCH__ >= 900
+      if (set == cluster && turn % TURNS_OF_HALF == 0) barrier_wait(arrived + turn / TURNS_OF_HALF * 8, 0);
+#endif
       if (has(turn)) {
         const u8* at[NT];
         float x_scale[NT][OF_LANE];
