@@ -33,18 +33,18 @@ LINEARS = {  # the weight, and the tokens of the decode kernel
     "16 tokens, groups of 64": (replace(BASE, group=64), 16),
     "16 tokens, groups of 32": (replace(BASE, group=32), 16),
     "16 tokens, 6 bits": (replace(BASE, bits=(6,), planes=2), 16),
-    "24 tokens": (BASE, 24),
 }
-PREFILL = replace(BASE, coarse=True, prefill=True, warpgroups=2, cluster=2)
+COARSE = replace(BASE, coarse=True, stages=4)
 HOPPER = {
-    "64 tokens, 8 bits of T(x)": replace(BASE, columns=64, stages=6, warpgroups=2, min_ctas=2, coarse=True),
-    "128 tokens, 8 bits of T(x)": replace(BASE, columns=128, stages=6, warpgroups=2, coarse=True),
+    "32 tokens, 8 bits": replace(COARSE, columns=32, split=4, spread=4, apart=True, min_ctas=4),
+    "64 tokens, 8 bits": replace(COARSE, columns=64, warpgroups=2, min_ctas=2),
+    "128 tokens, 8 bits": replace(COARSE, columns=128, split=2, spread=2),
+    "256 tokens, 8 bits": replace(COARSE, columns=256, warpgroups=2),
+    "256 tokens, 3 bits, 8 bits": replace(COARSE, bits=(3,), columns=256, warpgroups=2),
+    "experts, 256 pairs each, 8 bits": replace(COARSE, experts=True, columns=256, warpgroups=2),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
-    "prefill": replace(PREFILL, columns=256, stages=4),
-    "prefill, few tokens": replace(PREFILL, columns=128, stages=3, split=2),
-    "prefill, 3 bits": replace(PREFILL, bits=(3,), columns=256, stages=4),
     "experts, 128 pairs each": replace(BASE, experts=True, columns=128, warpgroups=2, stages=3, min_ctas=2),
     "experts, 256 pairs each": replace(BASE, experts=True, columns=256, warpgroups=2, stages=2),
 }

@@ -37,7 +37,8 @@ CHOICES: dict[str, tuple] = {
     "fused": (True, False), "ring": (2, 3, 4, 5), "early": (1, 2, 3), "unroll": (1, 2), "halves": (True, False),
 }  # fmt: skip
 MIDDLE: dict[str, tuple] = {
-    "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "stages": (2, 3, 4, 6), "min_ctas": (1, 2, 4),
+    "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "apart": (False, True), "stages": (3, 4),
+    "min_ctas": (1, 2, 4),
 }  # fmt: skip
 PRESENT = {"decode": cuda._decode_variant, "middle": cuda._middle_variant}
 
@@ -67,12 +68,18 @@ def variant(
 ) -> cuda.Variant | None:
     """The present variant with other settings; None: the kernel is not for so many tokens."""
     present = PRESENT[kernel](base, tokens, out, device)
+    if present and present.coarse:  # each part of the inputs has scales of T(x)
+        chosen = chosen | {"spread": chosen["split"]}
     return present and replace(present, **chosen)
 
 
 def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
-    """Enough shared memory, and enough inputs for the clusters."""
-    return kernel != "middle" or (item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in)
+    """Enough shared memory, and enough inputs for the parts."""
+    if kernel != "middle":
+        return True
+    if item.apart and (item.split == 1 or not item.coarse):
+        return False
+    return item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in
 
 
 def compile_all(variants: set[cuda.Variant], arch: str) -> None:
@@ -127,7 +134,7 @@ def main() -> None:
                     continue
                 patches: dict[str, Any] = {f"_{kernel}_variant": make}
                 if kernel == "middle":
-                    patches |= {"_DECODE_TOKENS": 0, "_NARROW_TOKENS": 0}
+                    patches |= {"_DECODE_TOKENS": 0}
                 elif chosen:
                     patches |= {"_MIDDLE_TOKENS": 0}
                 try:

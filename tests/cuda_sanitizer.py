@@ -4,8 +4,8 @@
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
 The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
-few several groups wide middle prefill experts dense. `--every-lane` compiles the 8-bit kernel for 17 to 128 tokens so
-that racecheck follows it (EVERY_LANE in middle.cu); without it, it reports hazards there that are none. Values are not
+few several groups wide middle coarse experts dense. `--every-lane` compiles the kernel for 17 tokens and more so
+that racecheck follows it (EVERY_LANE in wgmma.cu); without it, it reports hazards there that are none. Values are not
 compared: that is what test_cuda.py does.
 """
 
@@ -15,9 +15,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -54,9 +54,14 @@ def experts(tokens: int, bits: str) -> None:
     kernels.experts(torch.randn(tokens, 512, device="cuda").bfloat16(), weight(40, 512, bits, experts=5), ids)
 
 
-def prefill(out_features: int, in_features: int, tokens: int, bits: str) -> None:
-    with mock.patch.object(cuda, "_SMALL_WEIGHTS", 0):
-        linear(weight(out_features, in_features, bits), tokens, torch.bfloat16)
+def coarse(tokens: int, columns: int, warpgroups: int, split: int, apart: bool, bits: str = "4") -> None:
+    """Operands of 8 bits, the inputs divided so."""
+    variant = partial(cuda._coarse_of, columns=columns, warpgroups=warpgroups, split=split, apart=apart)
+    base = cuda._variant(qw := weight(264, 1152, bits), torch.bfloat16)
+    plan = cuda._middle_plan(variant(base), tokens, qw.out_features, cuda._device(torch.cuda.current_device()))
+    x = torch.randn(tokens, qw.in_features, device="cuda").bfloat16()
+    ready = cuda._ready(qw, x)
+    ready.run(x, torch.empty(tokens, qw.out_features, dtype=x.dtype, device="cuda"), None, plan)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -76,10 +81,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for out_features, in_features, tokens in MIDDLE:
         for dtype in (torch.float32, torch.bfloat16):
             yield "middle", lambda o=out_features, i=in_features, t=tokens, d=dtype: linear(weight(o, i), t, d)
-    for bits in ("2", "3", "4"):
-        yield "prefill", lambda b=bits: prefill(264, 640, 200, b)  # pairs of CTAs with the same tokens
-        yield "prefill", lambda b=bits: prefill(264, 1024, 200, b)  # pairs that share the inputs
-    yield "prefill", lambda: prefill(4096, 512, 2100, "4")  # several tiles of outputs for each CTA
+    for warpgroups, (split, apart) in product((1, 2), ((1, False), (3, False), (4, True))):
+        for tokens, columns in ((40, 64), (200, 256), (300, 256)):
+            yield "coarse", partial(coarse, tokens, columns, warpgroups, split, apart)
+    for bits in ("2", "3"):
+        yield "coarse", partial(coarse, 40, 64, 1, 2, False, bits)
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")
     yield "experts", lambda: experts(200, "4+4")

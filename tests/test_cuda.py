@@ -77,7 +77,7 @@ def poisoned(monkeypatch):
 
 def needs_hopper() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("middle.cu and prefill.cu need sm_90")
+        pytest.skip("middle.cu needs sm_90")
 
 
 def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
@@ -87,10 +87,10 @@ def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
 
 
 def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
-    """Whether middle.cu or prefill.cu takes the call on Hopper so."""
+    """Whether middle.cu takes the call on Hopper so."""
     tokens = x.shape[:-1].numel()
-    large = qw.out_features * qw.padded_in > cuda._SMALL_WEIGHTS and qw.out_features % 8 == 0
-    return for_8_bits(qw, x) and tokens > 16 and (tokens <= cuda._COARSE_TOKENS or large)
+    large = qw.out_features * qw.padded_in > cuda._SMALL_WEIGHTS or qw.out_features > 1024
+    return for_8_bits(qw, x) and tokens > 16 and (tokens <= cuda._SMALL_TOKENS or large)
 
 
 def forget_plans() -> None:
@@ -146,20 +146,18 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
 @pytest.mark.parametrize("group_size", [128, 256, -1])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "tokens"),
-    [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (520, 20480, 150), (4096, 512, 3000)],
+    [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (523, 20480, 150), (4096, 512, 3000)],
 )
 def test_hundreds_of_tokens_in_8_bits(
     poisoned, fresh_plans, monkeypatch, bits, group_size, out_features, in_features, tokens
 ):
-    """An odd number of tiles, inputs shared by two CTAs, inputs that are read twice, several turns of each CTA."""
+    """An odd number of tiles, inputs shared by several CTAs, inputs that are read twice, several blocks of tokens."""
     needs_hopper()
     monkeypatch.setattr(cuda, "_SMALL_WEIGHTS", 0)
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
     for dtype in (torch.float16, torch.bfloat16):
         x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
-        plan = cuda._ready(qw, x.contiguous()).plan(tokens)
-        assert plan is not None
-        assert plan.launches[1].threads == 384, "prefill.cu"
+        assert cuda._ready(qw, x.contiguous()).plan(tokens) is not None
         y = kernels.linear(x, qw, bias, backend="cuda")
         check(y, x, qw, bias)
         assert (y.double() - x.double() @ dequantize(qw).double().T - bias.double()).norm() < 0.02 * y.double().norm()
@@ -171,9 +169,32 @@ def test_hundreds_of_tokens_in_8_bits(
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(("split", "apart"), [(1, False), (2, False), (5, False), (2, True), (3, True), (12, True)])
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize("tokens", [24, 100, 250, 600])
+def test_parts_of_the_inputs_in_8_bits(poisoned, fresh_plans, monkeypatch, split, apart, warpgroups, tokens):
+    """Each way to share the inputs, the same result again and again."""
+    needs_hopper()
+    columns = next(c for c in (32, 128, 256) if c >= min(tokens, 256))
+
+    def chosen(base, tokens, out, device):
+        return cuda._coarse_of(base, columns, warpgroups, split, apart)
+
+    monkeypatch.setattr(cuda, "_middle_variant", chosen)
+    for out_features, group_size in ((17, 128), (2064, 256)):
+        qw, x = make(out_features, 3328, group_size=group_size), torch.randn(tokens, 3328).cuda().bfloat16()
+        bias = torch.randn(out_features).cuda().bfloat16()
+        y = kernels.linear(x, qw, bias, backend="cuda")
+        check(y, x, qw, bias, eight=True)
+        for _ in range(5):
+            assert torch.equal(kernels.linear(x, qw, bias, backend="cuda"), y)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_thousands_of_tokens_in_turns(poisoned, fresh_plans, monkeypatch):
     needs_hopper()
-    monkeypatch.setattr(cuda, "_PREFILL_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda, "_COARSE_BYTES", 1 << 20)
     qw, x = make(3080, 1024), torch.randn(2500, 1024).cuda().bfloat16()
     assert cuda._chunk(cuda._ready(qw, x), 2500) == 834
     check(kernels.linear(x, qw, backend="cuda"), x, qw)
@@ -293,14 +314,15 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("padded_in", "out_features", "tokens"),
-    [(4096, 4096, t) for t in (129, 200, 256, 512)] + [(4096, 28672, t) for t in (192, 256)] + [(1152, 4096, 130)],
+    [(4096, 4096, t) for t in (17, 64, 128, 256, 512)] + [(4096, 28672, t) for t in (192, 256)] + [(1152, 4096, 130)],
 )
-def test_prefill_kernels_compile_without_spills(bits, padded_in, out_features, tokens):
+def test_kernels_in_8_bits_compile_without_spills(bits, padded_in, out_features, tokens):
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes=1)
-    variant = cuda._prefill_variant(base, tokens, out_features, h100)
+    variant = cuda._middle_variant(base, tokens, out_features, h100)
     assert variant is not None
-    assert variant.prefill_bytes() <= h100.shared_bytes
+    assert variant.coarse
+    assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
     _, log = cuda.compile_with_log(variant.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 3
     assert "wgmma" not in log, log
@@ -310,12 +332,12 @@ def test_8_bits_only_where_they_cost_little():
     """Not for 5 bits, several scales to a tile, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
-    assert cuda._prefill_variant(base, 512, 4096, h100) is not None
+    assert cuda._takes_8_bits(base, h100)
     for change in ({"bits": (5,)}, {"group": 64}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
-        assert cuda._prefill_variant(replace(base, **change), 512, 4096, h100) is None
-    for tokens, out_features in ((128, 4096), (512, 4095), (512, 512), (1 << 20, 4096)):
-        assert cuda._prefill_variant(base, tokens, out_features, h100) is None
-    assert cuda._prefill_variant(base, 512, 4096, replace(h100, arch="sm_100")) is None
+        assert not cuda._takes_8_bits(replace(base, **change), h100)
+    assert not cuda._takes_8_bits(base, replace(h100, arch="sm_100"))
+    for tokens, out_features in ((512, 512), (1 << 20, 4096)):
+        assert cuda._middle_variant(base, tokens, out_features, h100) is None
 
 
 def test_expert_kernel_compiles_without_spills():
@@ -426,14 +448,14 @@ def test_many_pairs_in_blocks_of_an_expert(poisoned, out_features, in_features, 
 @pytest.mark.parametrize(("out_features", "in_features"), [(8, 512), (264, 1152), (2056, 640)])
 @pytest.mark.parametrize("pairs", [646, 1100, 4000])
 def test_hundreds_of_pairs_in_8_bits(poisoned, bits, group_size, out_features, in_features, pairs):
-    """Blocks of 192 and 256 columns of prefill.cu, some CTAs without a tile, others with several."""
+    """Blocks of 192 and 256 columns."""
     needs_hopper()
     qw = stack(out_features, in_features, bits=bits, group_size=group_size)
     ids, x = skewed_ids(pairs // 2), torch.randn(pairs // 2, in_features).cuda().bfloat16()
     bias = torch.randn(5, out_features).cuda().bfloat16()
     variant = cuda._grouped_variant(cuda._variant(qw[0], x.dtype), pairs, 5, out_features, cuda._device(0))
     assert variant is not None
-    assert variant.prefill
+    assert variant.coarse
     check_pairs(kernels.experts(x, qw, ids, bias), x, qw, ids, bias)
     nobody = kernels.experts(x, qw, torch.full_like(ids, -1), bias)
     assert nobody is not None

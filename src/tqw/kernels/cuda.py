@@ -1,16 +1,15 @@
 """CUDA backend: linear.cu, compiled at run time by NVRTC through cuda.bindings (both come with torch).
 
-Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens, on Hopper: the
-tensor cores' larger products (middle.cu). Hundreds and more: their products of int8 (prefill.cu), or where V must not
-be rounded to 8 bits, y = x dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than
-one slice in memory.
+Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens and more, on
+Hopper: the tensor cores' larger products (middle.cu). Where V must not be rounded to 8 bits, hundreds and more: y = x
+dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than one slice in memory.
 T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
 more of 16-bit inputs and weights below 6 bits, to 8:
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
-From 129 tokens on (65 of many outputs), weights of up to 4 bits, one scale serves a whole token, and V is rounded to 8
-bits, too (see the head of prefill.cu). TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits; docs/kernels.md states what 8 cost.
+From 17 tokens on, weights of up to 4 bits, one scale serves a token or a large part of it, and V is rounded to 8 bits,
+too (see the head of int8.cu). TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits; docs/kernels.md states what 8 cost.
 Nothing here asks the GPU anything before the first call.
 """
 
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import math
 import os
 import threading
@@ -41,13 +39,11 @@ from tqw.weight import QuantizedWeight, transform
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
-_COARSE_TOKENS = 256  # up to here middle.cu keeps T(x) in 8 bits, too
-_MIDDLE_TOKENS = 1024  # up to here middle.cu; beyond, dequantize + cuBLAS wins (H100)
-_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens in 16 bits: dense rows win (H100)
-_PREFILL_TOKENS = 257  # from here on prefill.cu where both operands may have 8 bits and weights are not few
+_MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
+_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
+_COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
+_COARSE_BYTES = 64 << 20  # of T(x) in 8 bits at once; more tokens come in turns
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
-_PREFILL_BITS = 4  # beyond, what 8 bits cost counts beside the quantization error (benchmarks/activations.py)
-_PREFILL_BYTES = 64 << 20  # of T(x) at once; more tokens come in turns
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
@@ -116,12 +112,11 @@ class Variant:
     min_ctas: int = 1
     small: bool = False
     experts: bool = False
-    columns: int = 0  # of middle.cu or prefill.cu; 0: neither is part of the module
+    columns: int = 0  # of middle.cu; 0: it is no part of the module
     warpgroups: int = 1
     stages: int = 4
     spread: int = 1
     coarse: bool = False
-    prefill: bool = False  # prefill.cu instead of middle.cu
     apart: bool = False
 
     def source(self) -> str:
@@ -130,7 +125,8 @@ class Variant:
             "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
             "SCALED": int(self.scaled), "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles,
             "FUSED": int(self.fused),
-            "CLUSTER": 1 if self.apart else max(self.cluster, self.split), "SPLIT": self.split, "WARPS": self.warps, "SHARE": self.share,
+            "CLUSTER": 1 if self.apart else max(self.cluster, self.split), "SPLIT": self.split,
+            "WARPS": self.warps, "SHARE": self.share,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
@@ -142,8 +138,7 @@ class Variant:
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
                 "COARSE": int(self.coarse), "APART": int(self.apart), **_wgmma(self.columns, self.coarse),
             }  # fmt: skip
-            files += ["wgmma.cu", *["route.cu"] * self.experts, *["int8.cu"] * self.coarse]
-            files += ["prefill.cu" if self.prefill else "middle.cu"]
+            files += ["wgmma.cu", *["route.cu"] * self.experts, *["int8.cu"] * self.coarse, "middle.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
@@ -163,20 +158,14 @@ class Variant:
         """T(x) of a tile in the middle kernel."""
         return self.columns * self.tile * (1 if self.coarse else 2)
 
+    def block_bytes(self) -> int:
+        """T(x) of COLUMNS tokens in the middle kernel."""
+        return self.padded_in // self.tile * self.stage_bytes()
+
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
         stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
         return stages + 16 * self.stages + 4 * self.columns
-
-    def steps(self) -> int:
-        """Of 128 inputs each in the prefill kernel, an even number: the last may be 0."""
-        return -(-self.padded_in // 256) * 2
-
-    def prefill_bytes(self) -> int:
-        """Dynamic shared memory of the prefill kernel: stages, outputs, barriers, token scales of two tiles."""
-        rows = 64 * self.warpgroups
-        stage = -(-(self.columns * 128 + rows * 16 * self.bits[0] + 4 * rows) // 1024) * 1024
-        return self.stages * (stage + 16) + self.warpgroups * self.columns * 64 * self.split + 8 * self.columns
 
 
 def _wgmma(columns: int, coarse: bool) -> dict[str, str]:
@@ -319,7 +308,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
         try:
             module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
             function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name in ("tqw_decode", "tqw_middle", "tqw_prefill", "tqw_route"):
+            if name in ("tqw_decode", "tqw_middle", "tqw_route"):
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -564,9 +553,10 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    if tokens <= _COARSE_TOKENS and _takes_8_bits(base, device):
-        return _coarse_variant(base, tokens, out, device)
-    if base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS:
+    few = base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
+    if _takes_8_bits(base, device):
+        return None if (few and out <= 1024) or tokens > _turn(base) else _coarse_variant(base, tokens, out, device)
+    if few or tokens > _MIDDLE_TOKENS:
         return None
     _, wide = _sizes(base, out, device)
     if wide and tokens <= 128:
@@ -595,10 +585,10 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
     """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
 
-    The cost is in tiles of 64 rows, fitted to 12 shapes of 32 to 256 tokens on one H100."""
+    The cost is in tiles of 64 rows, fitted to 17 shapes of 32 to 1,024 tokens on one H100."""
     blocks = -(-tokens // 256)
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= -(-tokens // blocks))
-    tiles, wide, thin = base.padded_in // base.tile, (columns / 64) ** 0.5, (64 / max(64, columns)) ** 0.5
+    tiles = base.padded_in // base.tile
 
     def cost(warpgroups: int, split: int, apart: bool) -> float:
         groups, together = -(-out // (64 * warpgroups)) * blocks, _together(columns) // warpgroups
@@ -607,15 +597,21 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
         if split > 1 and (each > together or tiles < 2 * split):
             return math.inf
         alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
-        alone *= (0.6 if warpgroups == 1 else 0.3) * thin
-        adding = 0 if split == 1 else 10 + 2.5 * split if apart else 4.5 * split
+        alone *= (0.55 if warpgroups == 1 else 0.3) * 64 / max(64, columns)
+        adding = 0 if split == 1 else 10 + 2 * split if apart else 3.5 * split
+        adding *= min(1, columns / 64) ** 0.5
         fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
-        return (each + alone) * -(-tiles // split) * warpgroups + (adding + fetching) * wide
+        return (each + alone) * -(-tiles // split) * warpgroups + adding + fetching
 
     # a cluster of more than eight is not for every GPU
     shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
     divisions = [(warpgroups, *how) for warpgroups in (1, 2) for how in ((1, False), *shared)]
     return _coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
+
+
+def _turn(base: Variant) -> int:
+    """Tokens whose T(x) in 8 bits is in memory at once."""
+    return max(1024, _COARSE_BYTES // base.padded_in // 1024 * 1024)
 
 
 def _together(columns: int) -> int:
@@ -668,42 +664,17 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
 
 
 def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
-    blocks = -(-tokens // variant.columns)
-    grid = -(-out // (64 * variant.warpgroups)) * variant.split, blocks
-    spread = _Launch(_function(variant, "tqw_spread", device), (tokens * variant.spread, 1), 256, 0, device, 1 if variant.coarse else variant.spread)
+    blocks, rows = -(-tokens // variant.columns), -(-out // (64 * variant.warpgroups))
+    parts = variant.spread if variant.coarse else 1  # of the inputs, each with its own scales of T(x)
+    function, grid = _function(variant, "tqw_spread", device), (tokens * variant.spread, 1)
+    spread = _Launch(function, grid, 256, 0, device, variant.spread // parts)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
-    shared = max(variant.ring_bytes(), _to_spread(grid[0] * blocks, device))
-    product = _Launch(function, grid, threads, shared, device, 1 if variant.apart else variant.split)
-    bytes_of_x = blocks * variant.steps() * variant.stage_bytes()
-    tiles = grid[0] // variant.split * blocks if variant.apart else 0
-    part_bytes = tiles * variant.split * 256 * variant.warpgroups * variant.columns
-    return _Plan(bytes_of_x, blocks * variant.columns * (variant.spread if variant.coarse else 1), (spread, product), part_bytes=part_bytes, arrivals=tiles)
-
-
-def _prefill_turn(base: Variant) -> int:
-    """Tokens that the prefill kernel takes at once."""
-    return max(1024, _PREFILL_BYTES // base.padded_in // 1024 * 1024)
-
-
-def _prefill_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
-    """The variant of prefill.cu that takes the fewest cycles; None: better by another way.
-
-    Measured on one H100. To decode takes a step (128 inputs) as long as 260 tokens, whatever their number."""
-    if tokens < _PREFILL_TOKENS or tokens > _prefill_turn(base) or out * base.padded_in <= _SMALL_WEIGHTS:
-        return None
-    if out % 8 or not _takes_8_bits(base, device):
-        return None
-    steps, pairs = base.steps(), device.multiprocessors // 2
-
-    def cost(columns: int, split: int) -> float:
-        rows, blocks = 256 // split, -(-tokens // columns)  # of the two CTAs of a cluster
-        turns = -(-(-(-out // rows) * blocks) // pairs)
-        if split == 2 and (turns > 1 or steps % 4 or steps < 8):
-            return math.inf
-        return turns * (steps // split * (260 + columns) + 4 * columns)
-
-    columns, split = min(itertools.product((256, 192, 128), (1, 2)), key=lambda division: cost(*division))
-    return _prefill_of(base, columns, split)
+    shared = max(variant.ring_bytes(), _to_spread(rows * variant.split * blocks, device))
+    cluster = 1 if variant.apart else variant.split
+    product = _Launch(function, (rows * variant.split, blocks), threads, shared, device, cluster)
+    scales, cells = blocks * variant.columns * parts, rows * blocks if variant.apart else 0
+    sums = cells * variant.split * 256 * variant.warpgroups * variant.columns
+    return _Plan(blocks * variant.block_bytes(), scales, (spread, product), part_bytes=sums, arrivals=cells)
 
 
 def _takes_8_bits(base: Variant, device: _Device) -> bool:
@@ -712,37 +683,12 @@ def _takes_8_bits(base: Variant, device: _Device) -> bool:
         return False
     if not base.rotate or base.group % 128:
         return False
-    return base.bits[0] <= _PREFILL_BITS and 512 <= base.padded_in <= 1 << 17
-
-
-def _prefill_of(base: Variant, columns: int, split: int = 1) -> Variant:
-    """Two CTAs of two warpgroups to a cluster, with as many stages as fit."""
-    stages = min(3 if split == 2 else 4 if columns == 256 else 5, base.steps() // split)
-    return replace(
-        base, columns=columns, warpgroups=2, cluster=2, split=split, stages=stages, coarse=True, prefill=True
-    )
-
-
-def _prefill_plan(
-    variant: Variant, blocks: int, tokens: int, out: int, device: _Device, route: _Launch | None = None
-) -> _Plan:
-    """T(x) of `tokens`, the product of at most so many blocks of columns; with `route`, which orders them, of pairs."""
-    function, threads = _function(variant, "tqw_prefill", device), 128 * variant.warpgroups + 128
-    rows = 64 * variant.warpgroups * variant.cluster // variant.split
-    tiles = -(-out // rows) * blocks
-    if variant.split == 1:  # else each cluster takes one tile
-        tiles = min(tiles, _resident(function, threads, variant.cluster, device))
-    spread = _Launch(_function(variant, "tqw_spread", device), (tokens, 1), 256, 0, device)
-    product = _Launch(function, (tiles * variant.cluster, 1), threads, variant.prefill_bytes(), device, variant.cluster)
-    columns = blocks * variant.columns
-    plan = _Plan(columns * 128 * variant.steps(), columns, (spread, product))
-    return replace(plan, launches=(route, *plan.launches), blocks=blocks) if route else plan
+    return base.bits[0] <= _COARSE_BITS and 512 <= base.padded_in <= 1 << 17
 
 
 @lru_cache(maxsize=4096)
 def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _Device) -> Variant | None:
-    """The variant of middle.cu or prefill.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for
-    this GPU."""
+    """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
     if pairs <= _GROUPED_PAIRS * count or not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     if _route_bytes(count) > device.shared_bytes:
@@ -750,9 +696,7 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
     columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
     if _takes_8_bits(base, device):
-        base = replace(base, experts=True)
-        prefill = out % 8 == 0 and pairs > 128 * count
-        return _prefill_of(base, columns) if prefill else _coarse_of(base, columns, 2 if columns <= 64 else 1)
+        return _coarse_of(replace(base, experts=True), columns, 1 if 64 < columns <= 128 else 2)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
@@ -775,12 +719,10 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
 def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
     route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
-    if variant.prefill:
-        return _prefill_plan(variant, blocks, pairs, out, device, route)
     spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
     grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
     product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
-    bytes_of_x = blocks * variant.steps() * variant.stage_bytes()
+    bytes_of_x = blocks * variant.block_bytes()
     return _Plan(bytes_of_x, blocks * variant.columns, (route, spread, product), blocks=blocks)
 
 
@@ -816,10 +758,7 @@ def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
-    variant = _prefill_variant(base, tokens, out, device)
-    if variant is not None:
-        return _prefill_plan(variant, -(-tokens // variant.columns), tokens, out, device)
-    variant = _middle_variant(base, tokens, out, device) if tokens <= _MIDDLE_TOKENS else None
+    variant = _middle_variant(base, tokens, out, device)
     return None if variant is None else _middle_plan(variant, tokens, out, device)
 
 
@@ -954,8 +893,8 @@ def _chunk(ready: _Ready, tokens: int) -> int | None:
     chunk = None
     if tokens < _DENSE_TOKENS:
         chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
-    elif tokens > (most := _prefill_turn(ready.base)) and _prefill_variant(ready.base, most, ready.out, ready.device):
-        chunk = most
+    elif tokens > (most := _turn(ready.base)) and _takes_8_bits(ready.base, ready.device):
+        chunk = most if ready.plan(most) else None
     return chunk and -(-tokens // -(-tokens // chunk))
 
 

@@ -1,32 +1,32 @@
-// T(x) and V in 8 bits, for the products of middle.cu and prefill.cu: appended to linear.cu and wgmma.cu.
+// T(x) and V in 8 bits, for the product of middle.cu: appended to linear.cu and wgmma.cu.
 //
-// T(x) is int8 with one scale for each token (and part of the inputs, of which there are SPREAD). V is int8 with one scale for each row, the largest of its weight scales
-// (row_scale): a table for each row and group, made on the way, has level * weight_scale / row_scale in steps of 1/127
-// of the largest level. So one int32 sum runs over all inputs, and nothing is scaled before the end.
+// The inputs are divided into SPREAD parts. T(x) is int8 with one scale for each token and part, V with one scale for
+// each row and part, the largest of its weight scales (row_scale): a table for each row and group, made on the way, has level * weight_scale / row_scale in steps of 1/127
+// of the largest level. So one int32 sum runs over a part, and nothing is scaled before the end: int32
+// sums are in registers, which the tensor cores read and write for each product, so that to scale them for each tile
+// takes as long as the products.
 //
 //     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
 //
-// In memory T(x) has COLUMNS rows of 128 bytes for each step of 128 inputs, in which lane t of a quad has bytes
+// In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes
 // 32 s + 4 t and 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled).
 //
 // COLUMNS    tokens that are side by side       SPREAD    parts of the inputs
 
-static_assert(TILE == 128 && SUBS == 1 && PASSES == 1, "a step is 128 inputs with one scale to a row");
+static_assert(TILE == 128 && SUBS == 1 && PASSES == 1, "a tile is 128 inputs with one scale to a row");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
-static constexpr int X_BYTES = COLUMNS * TILE;            // of a step
-static constexpr int STEPS_OF_ALL = (TILES + 1) / 2 * 2;  // an even number: inputs of the last may be 0
+static constexpr int X_BYTES = COLUMNS * TILE;  // of a tile
 
 // T(x) of one token, or of a part of its inputs. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int ROUNDS = ((STEPS_OF_ALL + SPREAD - 1) / SPREAD * TILE + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
+  constexpr int ROUNDS = ((TILES + SPREAD - 1) / SPREAD * TILE + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
   int part = blockIdx.x % SPREAD, lane = threadIdx.x & 31;
-  int first = TILES * part / SPREAD * TILE + threadIdx.x * 8;
-  int end = part + 1 == SPREAD ? STEPS_OF_ALL * TILE : TILES * (part + 1) / SPREAD * TILE;
+  int first = TILES * part / SPREAD * TILE + threadIdx.x * 8, end = TILES * (part + 1) / SPREAD * TILE;
   int column = blockIdx.x / SPREAD;  // a token is its own column; or a pair
   i64 token = EXPERTS ? column / p.choices : column;
   auto input = [&](int r) {  // the lane's first one of a round
     int k = first + r * 2048;
-    return k < end ? k : STEPS_OF_ALL * TILE;
+    return k < end ? k : IN_PADDED;
   };
   allow_next_kernel();
   uint2 channel[KEPT];
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     int q[8], at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
 #pragma unroll
     for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
-    u8* row = p.planes + ((i64)(column / COLUMNS) * STEPS_OF_ALL + k / TILE) * X_BYTES + column % COLUMNS * 128;
+    u8* row = p.planes + ((i64)(column / COLUMNS) * TILES + k / TILE) * X_BYTES + column % COLUMNS * 128;
 #pragma unroll
     for (int i = 0; i < 2; i++) *(u32*)(row + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
   };

@@ -1208,7 +1208,7 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
   }
 }
 
-#ifndef COLUMNS  // a module of middle.cu or prefill.cu has only its own kernels
+#ifndef COLUMNS  // a module of middle.cu has only its own kernels
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
 extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
     tqw_dequantize(const __grid_constant__ Params p) {

@@ -1,29 +1,26 @@
-// y = T(x) V^T + b for tens to hundreds of tokens, on sm_90: appended to linear.cu and wgmma.cu, whose
+// y = T(x) V^T + b for dozens of tokens and more, on sm_90: appended to linear.cu, wgmma.cu and, COARSE, int8.cu, whose
 // macros, decoders and instructions it uses.
 //
 // Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
-// with weight_scale rounds once); wgmma sums in float32. COARSE: both in int8
-// (int8.cu), a scale for each token, row and CTA. Decoded weights are
-// the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one bulk copy:
-// tqw_spread writes it in that order.
+// with weight_scale rounds once); wgmma sums in float32. COARSE: both are int8 and the sums int32 (int8.cu). Decoded
+// weights are the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one
+// bulk copy: tqw_spread writes it in that order.
 //
-// A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs; the SPLIT CTAs of a
-// cluster add up through their shared memory in a fixed order.
+// A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs. The SPLIT CTAs add up, in a
+// fixed order, through their shared memory as a cluster; or (APART) through global memory, where the last to come adds
+// up: that takes longer, but clusters of more than two leave multiprocessors idle, and nobody waits for anybody.
 //
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
-// SPLIT      CTAs of a cluster: 1, 2, 4, 8             STAGES       stages of the ring
-// SPREAD     CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
-// COARSE     1: T(x) of 8 bits, half of which the L2 cache can hardly feed to all multiprocessors; one pass, PLANES = 1
+// SPLIT      parts of the inputs                        STAGES       stages of the ring
+// SPREAD     fp16: CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
+// COARSE     1: T(x) and V of 8 bits; one pass, PLANES = 1, SPREAD = SPLIT: scales for each part
+// APART      1: the CTAs that share the inputs are no cluster (COARSE)
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
-//            together (SPREAD = 1); nothing on the host depends on the ids
+//            together (SPREAD = SPLIT = 1); nothing on the host depends on the ids
 
-static_assert(TILE == 128, "a stage is 128 inputs");
+static_assert(TILE == 128 && (COARSE || !APART), "a stage is 128 inputs");
 static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
-#if COARSE
-static constexpr int STAGE_BYTES = X_BYTES, STEPS_OF_X = STEPS_OF_ALL;
-#else
-static constexpr int STAGE_BYTES = 2 * TILE * COLUMNS, STEPS_OF_X = TILES;  // of T(x)
-#endif
+static constexpr int STAGE_BYTES = COLUMNS * (COARSE ? TILE : 2 * TILE);  // of T(x)
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 
@@ -258,7 +255,22 @@ __device__ __forceinline__ void store_eight(const Params& p, int token, int row,
       pack_pair(value[0], value[1]), pack_pair(value[2], value[3]), pack_pair(value[4], value[5]), pack_pair(value[6], value[7]));
 }
 
+// What a CTA computes, or those that share the inputs: ROWS outputs of COLUMNS tokens. CTAs that run at the same time
+// share rows, whose codes then come from memory once, and tokens.
+struct Cell {
+  int rows, block;
+};
+__device__ __forceinline__ Cell cell_of_cta() {
+  int rows = blockIdx.x / SPLIT, block = blockIdx.y;
+  if (EXPERTS || gridDim.y == 1) return {rows, block};
+  constexpr int ABREAST = 4;  // blocks of tokens that pass over the rows together
+  int of_block = gridDim.x / SPLIT, number = block * of_block + rows, first = number / (of_block * ABREAST) * ABREAST;
+  int within = number - first * of_block, blocks = min(ABREAST, (int)gridDim.y - first);
+  return {within / blocks, first + within % blocks};
+}
+
 extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params given) {
+  Cell here = cell_of_cta();
 #if EXPERTS
   wait_for_previous_kernel();  // whose weights these are is known only now
   int tokens = given.block[blockIdx.y].y;
@@ -266,12 +278,12 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   const Params p = of_expert(given);
 #else
   const Params& p = given;
-  int tokens = min(COLUMNS, p.tokens - (int)blockIdx.y * COLUMNS);
+  int tokens = min(COLUMNS, p.tokens - here.block * COLUMNS);
 #endif
   extern __shared__ __align__(1024) u8 ring[];  // stages, later sums; barriers; scales of the tokens
   float* scale_of = (float*)(ring + RING_BYTES + 16 * STAGES);
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int rank = blockIdx.x % SPLIT, first_row = blockIdx.x / SPLIT * ROWS, first_token = blockIdx.y * COLUMNS;
+  int rank = blockIdx.x % SPLIT, first_row = here.rows * ROWS, first_token = here.block * COLUMNS;
   int begin = TILES * rank / SPLIT, end = TILES * (rank + 1) / SPLIT;
   int row0 = min(first_row + warp * 16 + g, p.out - 1), row1 = min(first_row + warp * 16 + g + 8, p.out - 1);
   u32 full = shared_address(ring + RING_BYTES), empty = full + 8 * STAGES, stage0 = shared_address(ring);
@@ -292,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
-  const u8* x = p.planes + (i64)blockIdx.y * STEPS_OF_X * STAGE_BYTES;
+  const u8* x = p.planes + (i64)here.block * TILES * STAGE_BYTES;
   auto fill = [&](int stage, int tile) {
     barrier_expect(full + 8 * stage, STAGE_BYTES);
     copy_bulk(stage0 + stage * STAGE_BYTES, x + (i64)tile * STAGE_BYTES, STAGE_BYTES, full + 8 * stage);
@@ -394,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #endif
   }
 #if APART
-  if (!add_parts(p, blockIdx.y * (gridDim.x / SPLIT) + blockIdx.x / SPLIT, rank, total, (int*)scale_of)) return;
+  if (!add_parts(p, here.block * (gridDim.x / SPLIT) + here.rows, rank, total, (int*)scale_of)) return;
 #endif
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[column_of(i) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
