@@ -962,6 +962,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #endif
   const Tables words = tables();
   int buffer = 0, pending = 0, slot = 0;
+#if !FUSED && __CUDA_ARCH__ >= 900
+  auto wait_for_half = [&](int half) { barrier_wait(arrived + 8 * half, 0); };
+  if (cluster >= sets) wait_for_half(0), wait_for_half(TURNS > 1);  // none leaves before what is on its way to it
+#endif
 #pragma unroll 1
   for (int set = cluster; set < sets; set += clusters) {
     float total[NT][2][OF_LANE];
@@ -981,7 +985,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       fetch_next(slot);
       slot = slot + 1 == RING ? 0 : slot + 1;
 #if !FUSED && __CUDA_ARCH__ >= 900
-      if (set == cluster && turn % TURNS_OF_HALF == 0) barrier_wait(arrived + turn / TURNS_OF_HALF * 8, 0);
+      if (set == cluster && turn % TURNS_OF_HALF == 0) wait_for_half(turn / TURNS_OF_HALF);
 #endif
       if (has(turn)) {
         const u8* at[NT];
