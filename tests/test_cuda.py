@@ -40,7 +40,7 @@ def check(
     5 tokens and more by the decode kernel, weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
     their tile's largest, some 5 deviations; by Hoeffding's inequality their sum is beyond 3.5 steps |w| once in
     10^10, 3.5 5/127 |x| |w| / sqrt(in), here doubled for tiles of unequal norms: a third of what an output is.
-    From 17 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to steps of
+    From 13 or 17 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to steps of
     1/127 of its row's largest level, which lies within 3 deviations: 3.5 3/127 / 2 |x| |w| / sqrt(in) more, doubled for
     scales.
     """
@@ -90,7 +90,8 @@ def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether middle.cu takes the call on Hopper so."""
     tokens = x.shape[:-1].numel()
     large = qw.out_features * qw.padded_in > cuda._SMALL_WEIGHTS or qw.out_features > 1024
-    return for_8_bits(qw, x) and tokens > 16 and (tokens <= cuda._SMALL_TOKENS or large)
+    least = cuda._WIDE_TOKENS if qw.padded_in > 8192 else cuda._DECODE_TOKENS
+    return for_8_bits(qw, x) and tokens > least and (tokens <= cuda._SMALL_TOKENS or large)
 
 
 def forget_plans() -> None:

@@ -38,6 +38,7 @@ from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_WIDE_TOKENS = 12  # or up to here, of many inputs, where both operands may have 8 bits
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
@@ -598,6 +599,8 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
             return math.inf
         alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
         alone *= (0.55 if warpgroups == 1 else 0.3) * 64 / max(64, columns)
+        if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
+            alone += 0.15 * each
         adding = 0 if split == 1 else 10 + 2 * split if apart else 3.5 * split
         adding *= min(1, columns / 64) ** 0.5
         fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
@@ -754,7 +757,8 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: in
 @lru_cache(maxsize=4096)
 def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    if tokens <= _DECODE_TOKENS:
+    _, wide = _sizes(base, out, device)
+    if tokens <= (_WIDE_TOKENS if wide and _takes_8_bits(base, device) else _DECODE_TOKENS):
         plan = _decode_plan(_decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
