@@ -1,6 +1,7 @@
 """What rounded activations cost: KLD of the demo model with activations in float32, as the CPU kernels round them (8
-bits, a scale for each 32 to 128 inputs), and as the CUDA kernel for 129 tokens and more does (8 bits with a scale for
-each token, and weights of 8 bits with a scale for each row: prefill.cu), repeated here in float32.
+bits, a scale for each 32 to 128 inputs), and as the CUDA kernel for 17 tokens and more does (8 bits with a scale for
+each token, and weights of 8 bits with a scale for each row: int8.cu), repeated here in float32. Where CTAs of that
+kernel share the inputs, each part has scales of its own, so that it loses less than here.
 
 python benchmarks/activations.py --bits 4,3 --max-tokens 8192 -o benchmarks/results/activations.json
 """
@@ -36,7 +37,7 @@ def float_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def prefill_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
+def int8_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """T(x) V^T + b with both operands rounded to 8 bits: a scale for each token, one for each row of V."""
     t = transform(x.float(), qw.channel_scale[0], qw.matrix(x))
     step_of_t = (t.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
@@ -46,7 +47,7 @@ def prefill_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tenso
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-LINEARS = {"float": float_linear, "int8 of a token": prefill_linear}
+LINEARS = {"float": float_linear, "int8 of a token": int8_linear}
 
 
 def main() -> None:

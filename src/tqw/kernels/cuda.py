@@ -608,7 +608,9 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 
     # a cluster of more than eight is not for every GPU
     shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
-    divisions = [(warpgroups, *how) for warpgroups in (1, 2) for how in ((1, False), *shared)]
+    # on all multiprocessors CTAs of 64 rows would fetch T(x) faster than the L2 cache delivers it
+    many = columns > 128 and -(-out // 64) * blocks > device.multiprocessors
+    divisions = [(warpgroups, *how) for warpgroups in ((2,) if many else (1, 2)) for how in ((1, False), *shared)]
     return _coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
 
 

@@ -1,15 +1,15 @@
 // T(x) and V in 8 bits, for the product of middle.cu: appended to linear.cu and wgmma.cu.
 //
-// The inputs are divided into SPREAD parts. T(x) is int8 with one scale for each token and part, V with one scale for
-// each row and part, the largest of its weight scales (row_scale): a table for each row and group, made on the way, has level * weight_scale / row_scale in steps of 1/127
-// of the largest level. So one int32 sum runs over a part, and nothing is scaled before the end: int32
-// sums are in registers, which the tensor cores read and write for each product, so that to scale them for each tile
-// takes as long as the products.
+// The inputs are divided into SPREAD parts. T(x) is int8 with one scale for each token and part, V with one for each row
+// and part, the largest of its weight scales (row_scale): a table for each row and group, made on the way, has level *
+// weight_scale / row_scale in steps of 1/127 of the largest level. So one int32 sum runs over a part, and nothing is
+// scaled before the end: int32 sums are in registers, which the tensor cores read and write for each product, so that to
+// scale them for each tile takes as long as the products.
 //
 //     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
 //
-// In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes
-// 32 s + 4 t and 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled).
+// In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes 32 s + 4 t and
+// 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled).
 //
 // COLUMNS    tokens that are side by side       SPREAD    parts of the inputs
 
