@@ -171,7 +171,7 @@ def bench_shape_cuda(qw: QuantizedWeight, dense: Tensor, tokens: int) -> list[di
         "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in dense_copies],
     }
     sizes = {"tqw": (format_bits(qw.bits), qw.nbytes()), "torch_bfloat16": ("16", dense16.nbytes)}
-    # bfloat16 rounds weights and output to 2^-9; int8 inputs add about 1 %, int8 weights 0.7 % (129 tokens and more)
+    # bfloat16 rounds weights and output to 2^-9; int8 inputs add about 1 %, int8 weights 0.7 % (17 tokens and more)
     errors = {name: checked_error(name, each[0](), exact, 2e-2) for name, each in calls.items()}
     rows = []
     for name, microseconds in graph_microseconds(calls).items():

@@ -586,7 +586,7 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
     """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
 
-    The cost is in tiles of 64 rows, fitted to 17 shapes of 32 to 1,024 tokens on one H100."""
+    The cost is in tiles of 64 rows, fitted to 15 shapes of 32 to 1,024 tokens on one H100."""
     blocks = -(-tokens // 256)
     columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= -(-tokens // blocks))
     tiles = base.padded_in // base.tile
