@@ -436,19 +436,19 @@ class _Plan:
         return self.plane_bytes + 4 * self.scale_count + order + self.part_bytes + 4 * self.arrivals
 
 
-def _shares(tiles: int, strips: int, warps: int = 16, each: float = 1) -> tuple[int, int]:
-    """Warps of a CTA, about so many, and how many of them share the tiles of each of its `strips` evenly.
+def _shares(tiles: int, strips: int, each: float = 1) -> tuple[int, int]:
+    """Warps of a CTA, about 16, and how many of them share the tiles of each of its `strips` evenly.
 
     each: strips of a multiprocessor. Few tiles are shared by fewer warps, which take two turns, for more strips at
     once: to add up their sums takes as long as a turn."""
-    most = warps * 5 // 4
+    least, most = 8, 20
     if strips == 1 and tiles <= most:
         strips = next(n for n in (4, 2, 1) if n == 1 or (n < 2 * each and 2 * (most // n) >= tiles))
         share = -(-tiles // -(-tiles // (most // strips)))
         return share * strips, share
-    shares = (share for share in range(1, tiles + 1) if warps // 2 <= share * strips <= most)
+    shares = (share for share in range(1, tiles + 1) if least <= share * strips <= most)
     turns = {share: -(-tiles // share) for share in shares}
-    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - warps), default=tiles)
+    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16), default=tiles)
     return share * strips, share
 
 
@@ -476,7 +476,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     fused = base.experts or (tokens == 1 and not wide)
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     each = strips / device.multiprocessors
-    warps, share = _shares(tiles // split, split, each=each)
+    warps, share = _shares(tiles // split, split, each)
     if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
@@ -554,10 +554,10 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    few = base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
+    small = base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
     if _takes_8_bits(base, device):
-        return None if (few and out <= 1024) or tokens > _turn(base) else _coarse_variant(base, tokens, out, device)
-    if few or tokens > _MIDDLE_TOKENS:
+        return None if (small and out <= 1024) or tokens > _turn(base) else _coarse_variant(base, tokens, out, device)
+    if small or tokens > _MIDDLE_TOKENS:
         return None
     _, wide = _sizes(base, out, device)
     if wide and tokens <= 128:
@@ -593,8 +593,7 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 
     def cost(warpgroups: int, split: int, apart: bool) -> float:
         groups, together = -(-out // (64 * warpgroups)) * blocks, _together(columns) // warpgroups
-        # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
-        each = -(-groups * split // int(device.multiprocessors * (1 if apart or split <= 2 else 0.9)))
+        each = _of_each(groups * split, 1 if apart else split, device)
         if split > 1 and (each > together or tiles < 2 * split):
             return math.inf
         alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
@@ -651,12 +650,8 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
     memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
     fit = max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
 
-    def each(split: int) -> int:
-        # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
-        return int(-(-groups * split // (device.multiprocessors * (1 if split <= 2 else 0.9))))
-
     def division(split: int) -> _Division:
-        ctas = each(split)
+        ctas = _of_each(groups * split, split, device)
         together = min(ctas, fit)
         warps = 4 * warpgroups * together
         waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
@@ -664,22 +659,38 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
         adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
         return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
 
-    splits = (split for split in range(1, min(8, tiles // 2 or 1) + 1) if split == 1 or each(split) <= fit)
+    splits = (
+        split
+        for split in range(1, min(8, tiles // 2 or 1) + 1)
+        if split == 1 or _of_each(groups * split, split, device) <= fit
+    )
     return min(map(division, splits), key=lambda division: division.cost)
 
 
-def _middle_plan(variant: Variant, tokens: int, out: int, device: _Device) -> _Plan:
-    blocks, rows = -(-tokens // variant.columns), -(-out // (64 * variant.warpgroups))
+def _of_each(ctas: int, cluster: int, device: _Device) -> int:
+    """CTAs that a multiprocessor takes. Clusters of more than two leave a tenth of the multiprocessors out: not every
+    GPC has a multiple of them."""
+    return int(-(-ctas // (device.multiprocessors * (1 if cluster <= 2 else 0.9))))
+
+
+def _middle_plan(
+    variant: Variant, tokens: int, out: int, device: _Device, blocks: int = 0, route: _Launch | None = None
+) -> _Plan:
+    """T(x) of `tokens` and the product; with `route`, which puts them in order, of pairs in at most so many blocks."""
+    cells, rows = blocks or -(-tokens // variant.columns), -(-out // (64 * variant.warpgroups))
     parts = variant.spread if variant.coarse else 1  # of the inputs, each with its own scales of T(x)
     function, grid = _function(variant, "tqw_spread", device), (tokens * variant.spread, 1)
     spread = _Launch(function, grid, 256, 0, device, variant.spread // parts)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
-    shared = max(variant.ring_bytes(), _to_spread(rows * variant.split * blocks, device))
-    cluster = 1 if variant.apart else variant.split
-    product = _Launch(function, (rows * variant.split, blocks), threads, shared, device, cluster)
-    scales, cells = blocks * variant.columns * parts, rows * blocks if variant.apart else 0
-    sums = cells * variant.split * 256 * variant.warpgroups * variant.columns
-    return _Plan(blocks * variant.block_bytes(), scales, (spread, product), part_bytes=sums, arrivals=cells)
+    shared, cluster = variant.ring_bytes(), 1 if variant.apart else variant.split
+    if route is None:  # how many blocks of pairs there are is not known
+        shared = max(shared, _to_spread(rows * variant.split * cells, device))
+    product = _Launch(function, (rows * variant.split, cells), threads, shared, device, cluster)
+    shared_cells = rows * cells if variant.apart else 0
+    sums = shared_cells * variant.split * 256 * variant.warpgroups * variant.columns
+    launches = (route, spread, product) if route else (spread, product)
+    scales = cells * variant.columns * parts
+    return _Plan(cells * variant.block_bytes(), scales, launches, blocks=blocks, part_bytes=sums, arrivals=shared_cells)
 
 
 def _takes_8_bits(base: Variant, device: _Device) -> bool:
@@ -724,11 +735,7 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
 def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
     route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
-    spread = _Launch(_function(variant, "tqw_spread", device), (pairs, 1), 256, 0, device)
-    grid, threads = (-(-out // (64 * variant.warpgroups)), blocks), 128 * variant.warpgroups
-    product = _Launch(_function(variant, "tqw_middle", device), grid, threads, variant.ring_bytes(), device)
-    bytes_of_x = blocks * variant.block_bytes()
-    return _Plan(bytes_of_x, blocks * variant.columns, (route, spread, product), blocks=blocks)
+    return _middle_plan(variant, pairs, out, device, blocks, route)
 
 
 @lru_cache(maxsize=4096)

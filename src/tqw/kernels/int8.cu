@@ -15,7 +15,6 @@
 
 static_assert(TILE == 128 && SUBS == 1 && PASSES == 1, "a tile is 128 inputs with one scale to a row");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
-static constexpr int X_BYTES = COLUMNS * TILE;  // of a tile
 
 // T(x) of one token, or of a part of its inputs. x is read once.
 extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
@@ -70,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     int q[8], at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
 #pragma unroll
     for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
-    u8* row = p.planes + ((i64)(column / COLUMNS) * TILES + k / TILE) * X_BYTES + column % COLUMNS * 128;
+    u8* row = p.planes + ((i64)(column / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + column % COLUMNS * 128;
 #pragma unroll
     for (int i = 0; i < 2; i++) *(u32*)(row + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
   };

@@ -20,7 +20,6 @@
 
 static_assert(TILE == 128 && (COARSE || !APART), "a stage is 128 inputs");
 static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
-static constexpr int STAGE_BYTES = COLUMNS * (COARSE ? TILE : 2 * TILE);  // of T(x)
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 

@@ -10,6 +10,8 @@
 #define EVERY_LANE 0
 #endif
 
+static constexpr int STAGE_BYTES = COLUMNS * (COARSE ? TILE : 2 * TILE);  // of T(x): a tile of COLUMNS tokens
+
 // Without waiting for the writes before: others learn only that this CTA has come so far.
 __device__ __forceinline__ void cluster_signal() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -34,7 +36,7 @@ typedef int Sum;
 #else
 typedef float Sum;
 #endif
-// d = a b + (add ? d : 0), later.
-__device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b, int add = 1) {
-  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+// d += a b, later.
+__device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b) {
+  asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 }
