@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [-o benchmarks/results/gpu_linear]
 
 Every peer that is installed quantizes the same dense weight its own way and is checked against float64 before it is
-timed as `tqw bench --device cuda` times: inside a CUDA graph, over copies that do not fit in the L2 cache. The rotation
-of tqw is part of its time.
+timed as `tqw bench --device cuda` times: inside a CUDA graph of 32 calls or more, over copies that do not fit in the L2
+cache, in turns with bfloat16. The rotation of tqw is part of its time.
 """
 
 from __future__ import annotations
@@ -92,13 +92,20 @@ def humming_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
     return layer
 
 
+def graph_microseconds(calls: Sequence[Callable[[], Tensor]], x: Tensor, dense: Tensor) -> float:
+    """Of a method, in turns with the bfloat16 product."""
+    dense16 = dense.bfloat16()
+    copies = [dense16.clone() for _ in range(bench.copies_to_be_cold(dense16.nbytes))]
+    methods = {"method": calls, "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in copies]}
+    return bench.graph_microseconds(methods)["method"]
+
+
 def own_row(method: str, qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
     """Our op, as it is set up now."""
     x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
     weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
     error = bench.checked_error(method, kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.02)
-    each = {method: [lambda w=w: kernels.linear(x, w) for w in weights]}
-    microseconds = bench.graph_microseconds(each)[method]
+    microseconds = graph_microseconds([lambda w=w: kernels.linear(x, w) for w in weights], x, dense)
     say(f"{method} {microseconds:.1f}", shape, tokens)
     return {
         "device": "cuda", "shape": shape, "tokens": tokens, "method": method, "bits": "4",
@@ -137,8 +144,7 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
             return
         x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=dense.dtype)
         error = bench.checked_error(prepare.__name__, calls[0](x), functional.linear(x.double(), dense.double()), 0.15)
-        each = {"peer": [lambda c=c, x=x: c(x) for c in calls]}
-        microseconds = bench.graph_microseconds(each)["peer"]
+        microseconds = graph_microseconds([lambda c=c, x=x: c(x) for c in calls], x, dense)
         yield {
             "device": "cuda", "shape": shape, "tokens": tokens, "method": prepare.__name__, "bits": "4",
             "microseconds": microseconds, "packed_gigabytes_per_second": packed_bytes / microseconds / 1e3,

@@ -83,7 +83,8 @@ def needs_hopper() -> None:
 def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether both operands may have 8 bits on Hopper."""
     narrow = len(qw.bits) == 1 and qw.bits[0] <= 4 and x.dtype != torch.float32 and qw.rotation == "hadamard"
-    return narrow and qw.block == 128 and qw.group_size % 128 == 0 and qw.padded_in >= 512
+    groups = qw.group_size % 128 == 0 or qw.group_size in (32, 64)
+    return narrow and qw.block == 128 and groups and qw.padded_in >= 512
 
 
 def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
@@ -128,7 +129,7 @@ def test_linear_is_the_dense_linear(in_features, out_features, tokens, dtype, sm
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("bits", ["2", "3", "4", "5"])
-@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("group_size", [64, 128, -1])
 @pytest.mark.parametrize(("out_features", "in_features"), [(3, 128), (264, 2048), (700, 9216), (17100, 384)])
 def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features):
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
@@ -144,7 +145,7 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("bits", ["2", "3", "4"])
-@pytest.mark.parametrize("group_size", [128, 256, -1])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "tokens"),
     [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (523, 20480, 150), (4096, 512, 3000)],
@@ -182,7 +183,7 @@ def test_parts_of_the_inputs_in_8_bits(poisoned, fresh_plans, monkeypatch, split
         return cuda._coarse_of(base, columns, warpgroups, split, apart)
 
     monkeypatch.setattr(cuda, "_middle_variant", chosen)
-    for out_features, group_size in ((17, 128), (2064, 256)):
+    for out_features, group_size in ((17, 128), (700, 32), (2064, 256)):
         qw, x = make(out_features, 3328, group_size=group_size), torch.randn(tokens, 3328).cuda().bfloat16()
         bias = torch.randn(out_features).cuda().bfloat16()
         y = kernels.linear(x, qw, bias, backend="cuda")
@@ -312,14 +313,14 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     assert "wgmma" not in log, log  # the compiler says so where it has to serialise them
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("bits", "group"), [(2, 128), (3, 128), (4, 128), (2, 32), (4, 64), (4, 32)])
 @pytest.mark.parametrize(
     ("padded_in", "out_features", "tokens"),
     [(4096, 4096, t) for t in (17, 64, 128, 256, 512)] + [(4096, 28672, t) for t in (192, 256)] + [(1152, 4096, 130)],
 )
-def test_kernels_in_8_bits_compile_without_spills(bits, padded_in, out_features, tokens):
+def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_features, tokens):
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
-    base = cuda.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes=1)
+    base = cuda.Variant((bits,), padded_in, group, 128, 128, True, True, 2, planes=1)
     variant = cuda._middle_variant(base, tokens, out_features, h100)
     assert variant is not None
     assert variant.coarse
@@ -330,11 +331,11 @@ def test_kernels_in_8_bits_compile_without_spills(bits, padded_in, out_features,
 
 
 def test_8_bits_only_where_they_cost_little():
-    """Not for 5 bits, several scales to a tile, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
+    """Not for 5 bits, tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     assert cuda._takes_8_bits(base, h100)
-    for change in ({"bits": (5,)}, {"group": 64}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
+    for change in ({"bits": (5,)}, {"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
         assert not cuda._takes_8_bits(replace(base, **change), h100)
     assert not cuda._takes_8_bits(base, replace(h100, arch="sm_100"))
     for tokens, out_features in ((512, 512), (1 << 20, 4096)):
@@ -445,7 +446,7 @@ def test_many_pairs_in_blocks_of_an_expert(poisoned, out_features, in_features, 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("bits", ["2", "3", "4"])
-@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize(("out_features", "in_features"), [(8, 512), (264, 1152), (2056, 640)])
 @pytest.mark.parametrize("pairs", [646, 1100, 4000])
 def test_hundreds_of_pairs_in_8_bits(poisoned, bits, group_size, out_features, in_features, pairs):

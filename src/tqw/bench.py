@@ -29,6 +29,7 @@ _BANDWIDTH_BYTES = 256 << 20
 _COLD_GPU_BYTES = 220_000_000  # several times any L2 cache
 _WARM_SECONDS = 0.05  # a GPU that was idle has yet to raise its clock
 _EAGER_CALLS = 300
+_GRAPH_CALLS = 32  # of a method in a CUDA graph, at least: to start one takes a few microseconds
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -97,7 +98,8 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays: int = 15) -> dict[str, float]:
     """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns."""
-    graphs = {name: _captured(calls) for name, calls in methods.items()}
+    repeated = {name: [*calls] * -(-_GRAPH_CALLS // len(calls)) for name, calls in methods.items()}
+    graphs = {name: _captured(calls) for name, calls in repeated.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
     start = time.perf_counter()
     while time.perf_counter() - start < _WARM_SECONDS:
@@ -112,7 +114,7 @@ def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays:
             end.record()
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
-    return {name: sorted(values)[replays // 2] * 1e3 / len(methods[name]) for name, values in times.items()}
+    return {name: sorted(values)[replays // 2] * 1e3 / len(repeated[name]) for name, values in times.items()}
 
 
 def eager_microseconds(call: Callable[[], Any]) -> float:

@@ -697,7 +697,7 @@ def _takes_8_bits(base: Variant, device: _Device) -> bool:
     """Whether both operands may have 8 bits. One scale for a token is only for inputs without outliers: rotated."""
     if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
         return False
-    if not base.rotate or base.group % 128:
+    if not base.rotate or (base.group % 128 and base.group not in (32, 64)):
         return False
     return base.bits[0] <= _COARSE_BITS and 512 <= base.padded_in <= 1 << 17
 

@@ -13,7 +13,7 @@
 //
 // COLUMNS    tokens that are side by side       SPREAD    parts of the inputs
 
-static_assert(TILE == 128 && SUBS == 1 && PASSES == 1, "a tile is 128 inputs with one scale to a row");
+static_assert(TILE == 128 && PASSES == 1, "a tile is 128 inputs");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
 
 // T(x) of one token, or of a part of its inputs. x is read once.
@@ -96,30 +96,30 @@ struct RowLevels {
 // With one scale to a row levels stay as they are; else the largest becomes 127.
 static constexpr int LARGEST = level(WIDTH, (1 << WIDTH) - 1);
 static constexpr float LIFT = GROUPS == 1 ? 1.f : 127.f / LARGEST;
-// What a lane keeps of the levels: those of words t, t + 4, ...; a quad makes a row's table together.
-static constexpr int WORDS = 1 << (WIDTH - 2), OF_QUAD = WORDS < 4 ? WORDS : 4;
+// Lanes of a quad whose inputs are of one group make its table together: each the words t, t + TOGETHER, ...
+static constexpr int WORDS = 1 << (WIDTH - 2), TOGETHER = WORDS < 4 / SUBS ? WORDS : 4 / SUBS;
 struct LaneLevels {
-  float level[WORDS / OF_QUAD][4];
+  float level[WORDS / TOGETHER][4];
 };
 template <int FIRST>
 __device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
-  if (FIRST / 4 % OF_QUAD == t % OF_QUAD) {
+  if (FIRST / 4 % TOGETHER == t % TOGETHER) {
     u32 word = table_word<WIDTH, FIRST>();
 #pragma unroll
-    for (int i = 0; i < 4; i++) mine.level[FIRST / 4 / OF_QUAD][i] = LIFT * (signed char)(word >> (8 * i));
+    for (int i = 0; i < 4; i++) mine.level[FIRST / 4 / TOGETHER][i] = LIFT * (signed char)(word >> (8 * i));
   }
   if constexpr (FIRST + 4 < 1 << WIDTH) keep_levels<FIRST + 4>(mine, t);
 }
 __device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& mine, float ratio) {
 #pragma unroll
-  for (int j = 0; j < WORDS; j += OF_QUAD) {
+  for (int j = 0; j < WORDS; j += TOGETHER) {
     int n[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)  // 1.5 * 2^23 + n has n in its lower byte; |ratio| <= 1
-      n[i] = __float_as_int(fmaf(mine.level[j / OF_QUAD][i], ratio, 12582912.f));
+      n[i] = __float_as_int(fmaf(mine.level[j / TOGETHER][i], ratio, 12582912.f));
     u32 word = lower_bytes(n);
 #pragma unroll
-    for (int i = 0; i < OF_QUAD; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4);
+    for (int i = 0; i < TOGETHER; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4 / SUBS);
   }
 }
 // The largest weight scales of two rows, for tiles [begin, end), by the lanes of a quad.
