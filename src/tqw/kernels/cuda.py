@@ -148,8 +148,12 @@ class Variant:
         ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + scales for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
         of_rank = self.padded_in // self.split
-        planes = tokens * (self.planes * (of_rank + 16) + 4 * (of_rank // self.tile))
+        planes = tokens * self.planes * (of_rank + 16) + 4 * of_rank // self.tile * self.scale_pitch()
         return ring + 16 + sums + planes
+
+    def scale_pitch(self) -> int:
+        """Scales of T(x) for each tile in the decode kernel, with those of columns that no token has."""
+        return 8 * self.column_tiles // self.planes
 
     def transform_ctas(self, tokens: int) -> int:
         """Eight warps each, of a kernel that transforms 256 inputs of a token with each warp."""
@@ -525,7 +529,8 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
         return _Plan(0, 0, (decode,), batch)
     tiles, grid = variant.padded_in // variant.tile, (variant.transform_ctas(tokens), 1)
     transform_x = _Launch(_function(variant, "tqw_transform", device), grid, 256, 0, device)
-    return _Plan(variant.planes * tokens * variant.padded_in, tokens * tiles, (transform_x, decode), batch)
+    scales = tiles * variant.scale_pitch()
+    return _Plan(variant.planes * tokens * variant.padded_in, scales, (transform_x, decode), batch)
 
 
 def _to_spread(ctas: int, device: _Device) -> int:

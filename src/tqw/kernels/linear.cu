@@ -296,47 +296,44 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
 
 // ------------------------------------------------------------------------------------------- the input's transform
 
-__device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, float* v) {
+struct Raw {  // eight inputs as they are in memory
+  u32 words[X_TYPE == 0 ? 8 : 4];
+};
+__device__ __forceinline__ Raw load_raw(const Params& p, i64 row, int k) {  // 0 beyond the last
+  Raw raw;
 #if X_TYPE == 0
-  const float* x = (const float*)p.x + row;
+  const u32* x = (const u32*)p.x + row;
 #else
   const u16* x = (const u16*)p.x + row;
 #endif
   if (p.vectors && k + 8 <= p.in) {
-#if X_TYPE == 0
-    for (int i = 0; i < 2; i++) {
-      float4 f = ((const float4*)(x + k))[i];
-      v[4 * i] = f.x, v[4 * i + 1] = f.y, v[4 * i + 2] = f.z, v[4 * i + 3] = f.w;
-    }
-#else
-    uint4 q = *(const uint4*)(x + k);
-    u32 words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#if X_TYPE == 1
-      v[2 * i] = half_to_float((u16)words[i]), v[2 * i + 1] = half_to_float((u16)(words[i] >> 16));
-#else
-      v[2 * i] = __uint_as_float(words[i] << 16), v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-#endif
-    }
-#endif
+    read_words<sizeof(Raw)>(raw.words, (const u8*)(x + k));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float f = 0.f;
-      if (k + i < p.in) {
+      u32 word = k + i < p.in ? x[k + i] : 0;
 #if X_TYPE == 0
-        f = x[k + i];
-#elif X_TYPE == 1
-        f = half_to_float(x[k + i]);
+      raw.words[i] = word;
 #else
-        f = __uint_as_float((u32)x[k + i] << 16);
+      raw.words[i / 2] = i % 2 ? raw.words[i / 2] | word << 16 : word;
 #endif
-      }
-      v[i] = f;
     }
   }
+  return raw;
 }
+__device__ __forceinline__ void raw_values(const Raw& raw, float* v) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+#if X_TYPE == 0
+    v[i] = __uint_as_float(raw.words[i]);
+#elif X_TYPE == 1
+    v[i] = half_to_float((u16)(raw.words[i / 2] >> (i % 2 * 16)));
+#else
+    v[i] = __uint_as_float(i % 2 ? raw.words[i / 2] & 0xFFFF0000u : raw.words[i / 2] << 16);
+#endif
+  }
+}
+__device__ __forceinline__ void load_inputs(const Params& p, i64 row, int k, float* v) { raw_values(load_raw(p, row, k), v); }
 
 __device__ __forceinline__ uint2 channel_bytes(const Params& p, int k) {  // 0 beyond the last
   if (p.vectors && k + 8 <= p.in) return *(const uint2*)(p.channel + k);
@@ -391,8 +388,8 @@ __device__ __forceinline__ float most_of_warps(float most) {
 }
 
 // a * x of eight inputs.
-__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, uint2 channel, float (&v)[8]) {
-  load_inputs(p, token * p.x_stride, k, v);
+__device__ __forceinline__ void scaled_values(const Raw& raw, uint2 channel, float (&v)[8]) {
+  raw_values(raw, v);
 #if SCALED
   float a[8];
   channel_values(channel, a);
@@ -400,12 +397,17 @@ __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k,
   for (int i = 0; i < 8; i++) v[i] *= a[i];
 #endif
 }
+__device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, uint2 channel, float (&v)[8]) {
+  scaled_values(load_raw(p, token * p.x_stride, k), channel, v);
+}
 __device__ __forceinline__ void scaled_inputs(const Params& p, int token, int k, float (&v)[8]) {
   scaled_inputs(p, token, k, channel_bytes(p, k), v);
 }
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// Without waiting for the writes before: others learn only that this CTA has come so far.
+__device__ __forceinline__ void cluster_signal() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // The same place in the shared memory of another CTA of the cluster.
 __device__ __forceinline__ u32 address_of_rank(u32 address, int rank) {
@@ -473,7 +475,10 @@ __device__ __forceinline__ float fixed_point(float (&v)[8], int (&q)[8]) {
 __device__ __forceinline__ u32 lower_bytes(const int* n) {
   return permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
 }
-// One or two int8 planes and, for each tile, a scale, of inputs k to k + 8. tile: the only one to be stored, or -1.
+static constexpr int TOKENS = 8 * NT / PLANES;  // of all column tiles of the product
+
+// One or two int8 planes and, for each tile, a scale (of each tile the token's one of TOKENS), of inputs k to k + 8.
+// tile: the only one to be stored, or -1.
 __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* planes, int pitch, float* scales) {
   int q[8];
   float scale = fixed_point(v, q);
@@ -487,7 +492,7 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
   }
   *(uint2*)(planes + k) = PLANES == 2 ? make_uint2(h[0], h[1]) : make_uint2(l[0], l[1]);
   if (PLANES == 2) *(uint2*)(planes + pitch + k) = make_uint2(l[0], l[1]);
-  if (k % TILE == 0) scales[k / TILE] = scale;
+  if (k % TILE == 0) scales[k / TILE * TOKENS] = scale;
 }
 
 // T(x) of many tokens, once for all CTAs of the product: one warp for 256 inputs of one token.
@@ -502,7 +507,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_transform(const __grid_con
   uint2 channel = channel_bytes(p, k);  // weights need not wait, and come from far off
   wait_for_previous_kernel();
   scaled_inputs(p, token, k, channel, v);
-  transform(v, k, -1, planes, IN_PADDED, p.plane_scale + (i64)token * (IN_PADDED / TILE));
+  transform(v, k, -1, planes, IN_PADDED, p.plane_scale + token);
 }
 
 // --------------------------------------------------------------------------------------------------- the product
@@ -559,6 +564,7 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
 }
 
 static constexpr int OF_LANE = 2 / PLANES;  // tokens of a column tile whose sums one lane holds
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
 // total[nt][row half][token] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
@@ -571,7 +577,7 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
   for (int step = 0; step < STEPS; step += AT_ONCE) {
     if (step % OF_SUB == 0) {
 #pragma unroll
-      for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+      for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = PLANES == 2 ? 0 : MAGIC;
     }
     u32 b[NT][2 * AT_ONCE];
 #pragma unroll
@@ -600,10 +606,12 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
-      for (int i = 0; i < OF_LANE; i++) {  // 256 * 128^3 < 2^30
-        int upper = PLANES == 2 ? 256 * c[n][0] + c[n][1] : c[n][i], lower = PLANES == 2 ? 256 * c[n][2] + c[n][3] : c[n][2 + i];
-        total[n][0][i] = fmaf(s0 * x_scale[n][i], (float)upper, total[n][0][i]);
-        total[n][1][i] = fmaf(s1 * x_scale[n][i], (float)lower, total[n][1][i]);
+      for (int i = 0; i < OF_LANE; i++) {
+        auto sum = [&](int h) {  // 256 * 128^3 < 2^30, 128^3 < 2^22
+          return PLANES == 2 ? (float)(256 * c[n][2 * h] + c[n][2 * h + 1]) : __int_as_float(c[n][2 * h + i]) - 12582912.f;
+        };
+        total[n][0][i] = fmaf(s0 * x_scale[n][i], sum(0), total[n][0][i]);
+        total[n][1][i] = fmaf(s1 * x_scale[n][i], sum(1), total[n][1][i]);
       }
     }
   }
@@ -695,19 +703,37 @@ __device__ __forceinline__ int group_of(int first, int turn) {
   return ACROSS % GROUP == 0 ? first / GROUP + turn * (ACROSS / GROUP) : (first + turn * ACROSS) / GROUP;
 }
 
-// Begin to copy a warp's tile of the strip that begins at `row`. What depends on the lane is a 32-bit offset, which stays
-// the same for all strips and, where the place of codes is linear in the tile's number, for all turns but for a constant.
+// Where a strip begins for a lane: the codes of its first turn and their scales, where what the lane adds is the same for
+// all turns but for a constant (else those of the strip).
+template <int B>
+static constexpr bool LINEAR = SUBS == 1 && (plane_count(B) == 1 || GROUP == TILE);
+static constexpr bool PAIRS = SUBS == 1 && GROUPS % 2 == 0 && ACROSS % (2 * GROUP) == 0;  // of scales, at a multiple of 4 bytes
+struct Strip {
+  const u8* codes[PASSES];
+  const u16* scales[PASSES];
+};
 template <int I>
-__device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int turn, const Place& place) {
+__device__ __forceinline__ void find_strip(const Params& p, Strip& strip, i64 row, const Place& place) {
+  constexpr int B = WIDTHS[I];
+  constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
+  int lane = place.lane, t = lane & 3;
+  strip.codes[I] = p.packed[I] + row * STRIDE;
+  if constexpr (LINEAR<B> && lane_bytes(B, 0) == 32)  // eight lanes bring the 128 bytes of a row
+    strip.codes[I] += (SMALL ? min(lane / 8, p.out - 1) : lane / 8) * STRIDE + code_offset(B, 0, place.first, 0) + lane % 8 * 16;
+  else if constexpr (LINEAR<B>)
+    strip.codes[I] += place.rows[0] * STRIDE + code_offset(B, 0, place.first, t);
+  strip.scales[I] = p.scale[I] + row * GROUPS;
+  if constexpr (PAIRS) strip.scales[I] += ((t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + place.first / GROUP) & ~1;
+  if constexpr (I + 1 < PASSES) find_strip<I + 1>(p, strip, row, place);
+}
+
+// Begin to copy a warp's tile.
+template <int I>
+__device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip& strip, int turn, const Place& place) {
   constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1);
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
-  constexpr bool LINEAR = plane_count(B) == 1 || GROUP == TILE;
   int lane = place.lane, t = lane & 3;
-  const u8* codes = p.packed[I] + row * STRIDE;
-  auto offset = [&](int plane) {
-    return LINEAR ? code_offset(B, plane, place.first, t) + turn * (ACROSS / 8 * B)
-                  : code_offset(B, plane, place.first + turn * ACROSS, t);
-  };
+  const u8* codes = strip.codes[I] + (LINEAR<B> ? turn * (ACROSS / 8 * B) : 0);
   u32 at = to + staged_bytes(I);
   if constexpr (SUBS > 1) {
     constexpr int CHUNKS = TILE * B / 128;
@@ -717,34 +743,44 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, int row, int
       u32 from = (SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + (place.first + turn * ACROSS) / 8 * B + chunk * 16;
       if (16 * CHUNKS % 32 == 0 || row < 16) copy_async<16>(at + chunk_place<B>(row, chunk) * 16, codes + from);
     }
-  } else if constexpr (W0 == 32) {  // eight lanes bring the 128 bytes of a row: two copies ask for 32 bytes of memory twice
+  } else if constexpr (LINEAR<B> && W0 == 32) {  // two copies of a lane's own would ask for 32 bytes of memory twice
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      int row = 4 * i + lane / 8;
-      copy_async<16>(at + i * 512 + lane * 16,
-                     codes + ((SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + offset(0) - t * W0 + lane % 8 * 16));
+      int down = SMALL ? min(4 * i + lane / 8, p.out - 1) - min(lane / 8, p.out - 1) : 4 * i;
+      copy_async<16>(at + i * 512 + lane * 16, codes + down * STRIDE);
+    }
+  } else if constexpr (LINEAR<B>) {
+    int second = code_offset(B, 1, place.first, t) - code_offset(B, 0, place.first, t);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u8* from = codes + h * (SMALL ? place.rows[1] - place.rows[0] : 8) * STRIDE;
+      stage_codes<W0>(at + h * 32 * W0, from, lane);
+      if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, from + second, lane);
     }
   } else {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      u32 of_row = place.rows[h] * (u32)STRIDE;
-      stage_codes<W0>(at + h * 32 * W0, codes + (of_row + offset(0)), lane);
-      if constexpr (W1 > 0) stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (of_row + offset(1)), lane);
+      u32 from = place.rows[h] * (u32)STRIDE;
+      stage_codes<W0>(at + h * 32 * W0, codes + (from + code_offset(B, 0, place.first + turn * ACROSS, t)), lane);
+      if constexpr (W1 > 0)
+        stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (from + code_offset(B, 1, place.first + turn * ACROSS, t)), lane);
     }
   }
   at += 64 * (W0 + W1) + SCALES_PITCH * (8 * (t & 1) + (lane >> 2));
   u32 number = (t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + group_of(place.first, turn);
-  const u16* scales = p.scale[I] + (i64)row * GROUPS;
+  const u16* scales = strip.scales[I];
   if constexpr (SUBS > 1) {
     if (t < SUBS) copy_async<4>(at + t / 2 * 4, scales + number + t / 2 * 2);
-  } else if constexpr (GROUPS % 2 == 0) {  // two scales of one row, at a multiple of 4 bytes
+  } else if constexpr (PAIRS) {
+    if (t < 2) copy_async<4>(at, scales + turn * (ACROSS / GROUP));
+  } else if constexpr (GROUPS % 2 == 0) {
     if (t < 2) copy_async<4>(at, scales + number / 2 * 2);
   } else if (t < 2) {  // 4 bytes around the scale of one row; none after the last scale is read
     i64 scale = (i64)(scales + number);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(scale & ~3ll), "r"(2 + (int)(scale & 2))
                  : "memory");
   }
-  if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to, row, turn, place);
+  if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to, strip, turn, place);
 }
 // Lane t's codes of a row, of one plane and all groups of the tile.
 template <int B, int PLANE>
@@ -794,60 +830,66 @@ __device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit&
 // T(x) of a CTA's inputs in shared memory.
 struct Inputs {
   u8* planes;     // [tokens][PLANES][PITCH]
-  float* scales;  // [tokens][RANK_TILES]
+  float* scales;  // [RANK_TILES][TOKENS]
 };
 
-static constexpr int AT_ONCE = 256 / BLOCK;  // items of a token's inputs that a warp transforms side by side
-static constexpr bool ALONE = STRIPS == 1;   // no other warp reads what a warp transforms
-static constexpr int ITEMS = ALONE ? TURNS : RANK_TILES;  // of a token, for each warp or for all
+static constexpr bool ALONE = STRIPS == 1;  // no other warp reads what a warp transforms
 
-// What a lane transforms: eight inputs from k on, of whose block only the tile is stored; k = IN_PADDED: nothing.
-struct Item {
-  int token, tile, k;
-};
-__device__ __forceinline__ Item item_of(const Params& p, int rank, int warp, int lane, int i) {
-  constexpr int LANES = BLOCK / 8;
-  int item = i + lane / LANES, token = item / ITEMS, tile = ALONE ? warp + item % ITEMS * SHARE : item % ITEMS;
-  bool mine = token < p.tokens && tile < RANK_TILES;
-  tile += rank * RANK_TILES;
-  return {mine ? token : 0, tile, mine ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED};
-}
+#if FUSED
+// T(x) of one token by the warps that need it, two tiles or so in a round. With one strip at a time none waits for
+// others, and each transforms tiles when their turn comes, while the codes of later ones are on their way.
+struct Transformer {
+  static constexpr int LANES = BLOCK / 8, AT_ONCE = 32 / LANES;
+  static constexpr int OF_ALL = ALONE ? AT_ONCE : AT_ONCE * WARPS;  // tiles, of a warp or of all, in a round
+  static constexpr int ROUNDS = ((ALONE ? TURNS : RANK_TILES) + OF_ALL - 1) / OF_ALL;
+  static constexpr int DEPTH = ROUNDS < 7 ? ROUNDS : 7;  // rounds whose inputs are on their way
 
-// T(x) by the warps that need it: with one strip at a time no other warp reads what a warp writes, and none waits.
-// `channel`: of the first item; `meanwhile` begins the copies that need not come before x.
-template <class F>
-__device__ __forceinline__ void transform_inputs(const Params& p, const Inputs& to, int rank, int warp, int lane,
-                                                 uint2 channel, F meanwhile) {
-  int step = ALONE ? AT_ONCE : WARPS * AT_ONCE, i = ALONE ? 0 : warp * AT_ONCE;
-  Item item = item_of(p, rank, warp, lane, i);
-  float v[8];
-  scaled_inputs(p, item.token, item.k, channel, v);
-  meanwhile();
-#pragma unroll 1
-  while (i < ITEMS * p.tokens) {
-    u8* planes = to.planes + PLANES * item.token * PITCH - rank * RANK_IN;
-    Item now = item;
-    float w[8];
-    i += step;
-    item = item_of(p, rank, warp, lane, i);
-    scaled_inputs(p, item.token, item.k, w);
-    transform(v, now.k, now.tile, planes, PITCH, to.scales + now.token * RANK_TILES - rank * RANK_TILES);
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = w[j];
+  const Params& p;
+  const Inputs& to;
+  int rank, warp, lane, round = 0;
+  uint2 channel[DEPTH];
+  Raw raw[DEPTH];
+
+  __device__ __forceinline__ int tile(int round) const {
+    int item = round * OF_ALL + (ALONE ? 0 : warp * AT_ONCE) + lane / LANES, tile = ALONE ? warp + item * SHARE : item;
+    return tile < RANK_TILES ? rank * RANK_TILES + tile : TILES;
   }
-  if constexpr (ALONE)
+  // The first of a lane's eight inputs, of whose block only the tile is stored.
+  __device__ __forceinline__ int input(int tile) const {
+    return tile < TILES ? tile * TILE / BLOCK * BLOCK + lane % LANES * 8 : IN_PADDED;
+  }
+  // Channel scales are the first to be needed, and a long way off.
+  __device__ __forceinline__ Transformer(const Params& p, const Inputs& to, int rank, int warp, int lane)
+      : p(p), to(to), rank(rank), warp(warp), lane(lane) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) channel[i] = channel_bytes(p, input(tile(i)));
+  }
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) raw[i] = load_raw(p, 0, input(tile(i)));
+  }
+  __device__ __forceinline__ void next() {
+    float v[8];
+    scaled_values(raw[0], channel[0], v);
+#pragma unroll
+    for (int i = 1; i < DEPTH; i++) raw[i - 1] = raw[i], channel[i - 1] = channel[i];
+    if (ROUNDS > DEPTH) {
+      int k = input(tile(round + DEPTH));
+      raw[DEPTH - 1] = load_raw(p, 0, k), channel[DEPTH - 1] = channel_bytes(p, k);
+    }
+    int now = tile(round++);
+    transform(v, input(now), now, to.planes - rank * RANK_IN, PITCH, to.scales - rank * RANK_TILES * TOKENS);
     __syncwarp();
-  else
-    __syncthreads();
-}
+  }
+};
+#endif
 
-// T(x) as tqw_transform has left it.
-template <class F>
-__device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived, F meanwhile) {
+// T(x) as tqw_transform has left it, in two halves, in the order in which they are needed.
+__device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, int rank, u32 arrived) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {  // in the order in which they are needed
+    for (int half = 0; half < 2; half++) {
       int k = half * HALF, bytes = half ? RANK_IN - HALF : HALF;
       if (bytes == 0) break;
 #if CLUSTER > SPLIT  // each CTA brings its share to all
@@ -861,16 +903,13 @@ __device__ __forceinline__ void copy_inputs(const Params& p, const Inputs& to, i
     }
   }
 #else
-  constexpr int PIECES = RANK_IN / 16;
+  auto copy = [&](u8* to, const u8* from, int bytes) {
 #pragma unroll 4
-  for (int i = threadIdx.x; i < PIECES * PLANES * p.tokens; i += WARPS * 32)
-    *(uint4*)(to.planes + i / PIECES * PITCH + 16 * (i % PIECES)) =
-        *(const uint4*)(p.planes + (i64)(i / PIECES) * IN_PADDED + rank * RANK_IN + 16 * (i % PIECES));
+    for (int i = threadIdx.x * 16; i < bytes; i += WARPS * 512) *(uint4*)(to + i) = *(const uint4*)(from + i);
+  };
+  for (int i = 0; i < PLANES * p.tokens; i++) copy(to.planes + i * PITCH, p.planes + (i64)i * IN_PADDED + rank * RANK_IN, RANK_IN);
 #endif
-  for (int i = threadIdx.x; i < RANK_TILES * p.tokens; i += WARPS * 32)
-    to.scales[i] = p.plane_scale[(i64)(i / RANK_TILES) * TILES + rank * RANK_TILES + i % RANK_TILES];
-  meanwhile();
-  __syncthreads();
+  for (int i = threadIdx.x; i < RANK_TILES * TOKENS; i += WARPS * 32) to.scales[i] = p.plane_scale[rank * RANK_TILES * TOKENS + i];
 }
 
 // The SPLIT CTAs of a cluster share the inputs; a cluster owns every so-many-th set of STRIPS strips of 16 rows (the last
@@ -907,26 +946,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   __syncwarp();
 #endif
 #if CLUSTER > 1
-  cluster_arrive();
+  cluster_signal();
 #endif
-#if FUSED  // channel scales are the first to be needed, and a long way off
-  uint2 channel = channel_bytes(p, item_of(p, rank, warp, lane, ALONE ? 0 : warp * AT_ONCE).k);
-  if (SCALED && ITEMS * p.tokens > (ALONE ? AT_ONCE : WARPS * AT_ONCE))
-    for (int k = threadIdx.x * 16; k < RANK_IN && rank * RANK_IN + k < p.in; k += WARPS * 512)
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(p.channel + rank * RANK_IN + k));
+#if FUSED
+  Transformer transformer(p, inputs, rank, warp, lane);
 #endif
 
   Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * TILE};
   const u8* ring = shared + warp * UNIT_BYTES;
-  auto fetch = [&](int slot, int set, int turn) {
-    int strip = set * STRIPS + lot;
-    if (strip < strips && has(turn)) stage_turn<0>(p, shared_address(ring + slot * SLOT_BYTES), first_row(strip), turn, place);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
   int next_set = cluster, next_turn = 0;  // to be fetched
+  Strip next_strip;
+  auto find_next = [&] { find_strip<0>(p, next_strip, first_row(next_set * STRIPS + lot), place); };
+  find_next();
   auto fetch_next = [&](int slot) {
-    fetch(slot, next_set, next_turn);
-    if (++next_turn == TURNS) next_turn = 0, next_set += clusters;
+    if (next_set * STRIPS + lot < strips && has(next_turn))
+      stage_turn<0>(p, shared_address(ring + slot * SLOT_BYTES), next_strip, next_turn, place);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (++next_turn == TURNS) {
+      next_turn = 0, next_set += clusters;
+      find_next();
+    }
   };
 #pragma unroll
   for (int i = 0; i < EARLY; i++) fetch_next(i);
@@ -937,22 +976,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   };
 #if CLUSTER > 1
   cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
+#elif !FUSED
+  __syncthreads();  // the barriers are there
 #endif
 #if FUSED
-  transform_inputs(p, inputs, rank, warp, lane, channel, fetch_rest);
+  transformer.begin();
+  fetch_rest();
+  if (!ALONE) {
+#pragma unroll 1
+    for (int round = 0; round < Transformer::ROUNDS; round++) transformer.next();
+    __syncthreads();
+  }
 #else
-  copy_inputs(p, inputs, rank, arrived, fetch_rest);
+  copy_inputs(p, inputs, rank, arrived);
+  fetch_rest();
+  __syncthreads();
 #endif
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
-  const float* x_scales[NT][OF_LANE];
+  const float* x_scales = inputs.scales + share * TOKENS + t * OF_LANE;
   auto token_of = [&](int n, int i) { return (4 * n + t) * OF_LANE + i; };
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * (SUB / 4) + share * TILE;
-#pragma unroll
-    for (int i = 0; i < OF_LANE; i++) x_scales[n][i] = inputs.scales + min(token_of(n, i), p.tokens - 1) * RANK_TILES + share;
   }
   // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
   constexpr int PARTS = SPLIT * SHARE;
@@ -986,6 +1033,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
       slot = slot + 1 == RING ? 0 : slot + 1;
 #if !FUSED && __CUDA_ARCH__ >= 900
       if (set == cluster && turn % TURNS_OF_HALF == 0) wait_for_half(turn / TURNS_OF_HALF);
+#elif FUSED
+      if (ALONE && set == cluster && turn % Transformer::AT_ONCE == 0) transformer.next();
 #endif
       if (has(turn)) {
         const u8* at[NT];
@@ -994,7 +1043,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
         for (int n = 0; n < NT; n++) {
           at[n] = column[n] + turn * ACROSS;
 #pragma unroll
-          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[n][i][turn * SHARE];
+          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[turn * (SHARE * TOKENS) + 4 * OF_LANE * n + i];
         }
         multiply_pass<0>(words, unit, at, x_scale, total);
       }
@@ -1055,7 +1104,6 @@ __device__ __forceinline__ u32 hadamard_fragment(int j, int lane, int upper) {
   return word;
 }
 
-static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 static constexpr int BLOCK_STEPS = BLOCK / 32, BLOCK_TILES = BLOCK / TILE;
 
 // value += weight_scale * levels H32 of one block's tiles.

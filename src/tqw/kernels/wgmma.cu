@@ -12,11 +12,6 @@
 
 static constexpr int STAGE_BYTES = COLUMNS * (COARSE ? TILE : 2 * TILE);  // of T(x): a tile of COLUMNS tokens
 
-// Without waiting for the writes before: others learn only that this CTA has come so far.
-__device__ __forceinline__ void cluster_signal() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
