@@ -32,7 +32,9 @@ DECODE = [
     (8, 128),
     (300, 4096),
     (40, 9216),
-]  # outputs, inputs: one strip, few, a second set, wide
+    (2200, 9216),
+    (136, 16384),
+]  # outputs, inputs: one strip, few, a second set, wide, a second set of wide, wide with shared inputs
 TOKENS = (1, 2, 4, 8, 16, 24)
 MIDDLE = [(17, 1024, 40), (200, 2048, 130), (136, 9216, 20), (300, 2048, 100)]
 

@@ -227,6 +227,20 @@ def test_widths_and_groups(bits, group_size, small_weights):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("in_features", [9728, 14336, 16384, 25600, 28672, 32768])
+@pytest.mark.parametrize("out_features", [40, 1056, 4232])
+@pytest.mark.parametrize("bits", ["4", "5", "8", "3+2"])
+def test_one_token_of_many_inputs(poisoned, in_features, out_features, bits):
+    """Transformed as the product goes on, where each warp does it for itself; x at any address."""
+    qw = make(out_features, in_features, bits=bits, scale="norm")
+    for dtype in ROUND_OFF:
+        x = torch.randn(1, in_features + 1).cuda().to(dtype)
+        for inputs in (x[:, :-1], x[:, 1:]):
+            check(kernels.linear(inputs, qw, backend="cuda"), inputs, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("in_features", [576, 2560, 4096, 5504, 8192, 9728, 11008, 13824, 14336, 18944])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 40])
 def test_many_rows(in_features, tokens):

@@ -156,6 +156,12 @@ def test_weights_that_differ_are_not_joined():
     assert join([weights[0], seed]) is None
 
 
+def test_weights_that_could_change_unnoticed_are_not_joined():
+    with torch.inference_mode():
+        model = family()
+    assert join([model.q_proj.quantized_weight, model.k_proj.quantized_weight]) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("tokens", [1, 5, 40])

@@ -75,6 +75,8 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
             return None
         if not torch.equal(qw.channel_scale[0], first.channel_scale[0]):
             return None
+        if qw.channel_scale[0].is_inference():  # it could change unnoticed
+            return None
     with torch.inference_mode(False):
         stacks = [torch.cat([t.data for t in tensors]) for tensors in zip(*map(_stacked, weights), strict=True)]
         row = 0

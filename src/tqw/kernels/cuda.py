@@ -473,19 +473,22 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     many, wide = _sizes(base, out, device)
     clustered = device.clusters and strips >= 8
     planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
+    each = strips / device.multiprocessors
+    # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
+    fused = base.experts or (tokens == 1 and tiles <= 224)
     # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
     whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
-    split = 2 if clustered and tiles % 2 == 0 and wide and not whole else 1
-    # one launch, unless it takes too long to transform all inputs in every CTA
-    fused = base.experts or (tokens == 1 and not wide)
+    halved = wide and not whole if base.experts or not fused else tiles > 120 and each < 3
+    split = 2 if halved and clustered and tiles % 2 == 0 else 1
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    each = strips / device.multiprocessors
-    warps, share = _shares(tiles // split, split, each)
+    warps, share = (16, 8) if halved and fused and not base.experts else _shares(tiles // split, split, each)
     if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
     if fused and not many:
-        ring, early = (2, 2) if wide else (4, 1)
+        # where the last strips leave many multiprocessors idle, codes on their way delay x less
+        thin = each / -(-each // 1) < 0.83
+        ring, early = (4, 1) if not wide else (2, 2) if base.experts else (5, 3) if thin else (4 if split > 1 else 3, 1)
     elif tokens > 8:
         ring, early = (3 if many else 2), 2
     return replace(

@@ -352,8 +352,10 @@ __device__ __forceinline__ void channel_values(uint2 bytes, float* a) {
 }
 __device__ __forceinline__ void channel_scales(const Params& p, int k, float* a) { channel_values(channel_bytes(p, k), a); }
 
-// H on eight neighbours a lane: three butterfly stages in registers, the others across lanes.
-__device__ __forceinline__ void hadamard(float* v, int lane) {
+static constexpr float NORM = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
+
+// H / NORM on eight neighbours a lane: three butterfly stages in registers, the others across lanes.
+__device__ __forceinline__ void hadamard_sums(float* v, int lane) {
 #pragma unroll
   for (int bit = 1; bit < 8; bit *= 2) {
 #pragma unroll
@@ -370,9 +372,11 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = fmaf(sign, v[i], __shfl_xor_sync(~0u, v[i], bit));
   }
-  const float norm = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
+}
+__device__ __forceinline__ void hadamard(float* v, int lane) {
+  hadamard_sums(v, lane);
 #pragma unroll
-  for (int i = 0; i < 8; i++) v[i] *= norm;
+  for (int i = 0; i < 8; i++) v[i] *= NORM;
 }
 
 // The largest of 256 threads.
@@ -454,22 +458,25 @@ __device__ __forceinline__ void store_shared(u32 to, float value) {
 #endif
 }
 
-// T(x) = scale q of eight inputs of one token from v = a * x, |q| <= MOST; the BLOCK / 8 lanes of a block do it together.
+static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
+
+// T(x) = scale q of eight inputs of one token from v = a * x, |q| <= MOST, q in the lower 16 bits; the BLOCK / 8 lanes of a
+// block do it together.
 __device__ __forceinline__ float fixed_point(float (&v)[8], int (&q)[8]) {
 #if ROTATE
-  hadamard(v, threadIdx.x & 31);
+  hadamard_sums(v, threadIdx.x & 31);
 #endif
   float most = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
 #pragma unroll
   for (int bit = 1; bit < TILE / 8; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
-  // 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN or Inf and so every output NaN.
-  constexpr int MOST = PLANES == 2 ? 127 * 256 : 127;
-  float scale = most * (1.f / MOST);
-  float inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
+  // 127 * 256: |high| <= 127. A NaN or Inf makes the tile's scale NaN and so every output NaN.
+  constexpr float MOST = PLANES == 2 ? 127 * 256 : 127, UNIT = ROTATE ? NORM : 1.f;
+  float scale = fmaf(most, UNIT / MOST, most - most);
+  float inverse = scale > 0.f ? __fdividef(UNIT, scale) : 0.f;
 #pragma unroll
-  for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);  // within MOST: |v| <= most
+  for (int i = 0; i < 8; i++) q[i] = __float_as_int(fmaf(v[i], inverse, __int_as_float(MAGIC)));  // within MOST: |v| <= most
   return scale;
 }
 __device__ __forceinline__ u32 lower_bytes(const int* n) {
@@ -564,7 +571,6 @@ __device__ __forceinline__ void load_pass(const Params& p, Unit& unit, int row0,
 }
 
 static constexpr int OF_LANE = 2 / PLANES;  // tokens of a column tile whose sums one lane holds
-static constexpr int MAGIC = 0x4B400000;  // the bits of 1.5 * 2^23 as a float: MAGIC + n are those of 1.5 * 2^23 + n
 
 // total[nt][row half][token] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
@@ -608,7 +614,7 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
 #pragma unroll
       for (int i = 0; i < OF_LANE; i++) {
         auto sum = [&](int h) {  // 256 * 128^3 < 2^30, 128^3 < 2^22
-          return PLANES == 2 ? (float)(256 * c[n][2 * h] + c[n][2 * h + 1]) : __int_as_float(c[n][2 * h + i]) - 12582912.f;
+          return PLANES == 2 ? (float)(256 * c[n][2 * h] + c[n][2 * h + 1]) : __int_as_float(c[n][2 * h + i]) - __int_as_float(MAGIC);
         };
         total[n][0][i] = fmaf(s0 * x_scale[n][i], sum(0), total[n][0][i]);
         total[n][1][i] = fmaf(s1 * x_scale[n][i], sum(1), total[n][1][i]);
@@ -842,7 +848,8 @@ struct Transformer {
   static constexpr int LANES = BLOCK / 8, AT_ONCE = 32 / LANES;
   static constexpr int OF_ALL = ALONE ? AT_ONCE : AT_ONCE * WARPS;  // tiles, of a warp or of all, in a round
   static constexpr int ROUNDS = ((ALONE ? TURNS : RANK_TILES) + OF_ALL - 1) / OF_ALL;
-  static constexpr int DEPTH = ROUNDS < 7 ? ROUNDS : 7;  // rounds whose inputs are on their way
+  static constexpr int MOST = X_TYPE == 0 ? 4 : 7;  // rounds whose inputs are on their way
+  static constexpr int DEPTH = ROUNDS < MOST ? ROUNDS : MOST;
 
   const Params& p;
   const Inputs& to;
