@@ -3,7 +3,9 @@ bits, a scale for each 32 to 128 inputs), and as the CUDA kernel for 17 tokens a
 each token, and weights of 8 bits with a scale for each row: int8.cu), repeated here in float32. Where CTAs of that
 kernel share the inputs, each part has scales of its own, so that it loses less than here.
 
-python benchmarks/activations.py --bits 4,3 --max-tokens 8192 -o benchmarks/results/activations.json
+    export TQW_CPU_ISA=avx512
+    python benchmarks/activations.py --bits 4,3,5 --max-tokens 8192 -o benchmarks/results/activations.json
+    python benchmarks/activations.py --bits 4 --group-size 32 --max-tokens 8192 -o benchmarks/results/activations_32.json
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--bits", default="4", help="comma-separated")
+    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--activations", default="float,int8,int8 of a token", help="comma-separated")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
     rows = []
     for bits in arguments.bits.split(","):
         quantized = copy.deepcopy(model)
-        quantize_model(quantized, QuantConfig(bits=bits, group_size=64), input_power=power)
+        quantize_model(quantized, QuantConfig(bits=bits, group_size=arguments.group_size), input_power=power)
         for activations in arguments.activations.split(","):
             linear = LINEARS.get(activations)
             choice = mock.patch.object(kernels, "_choose", return_value=SimpleNamespace(linear=linear))
@@ -75,7 +78,7 @@ def main() -> None:
             rows.append({"bits": bits, "activations": activations, "mean_kl_divergence": quality.mean_kl_divergence})
             print(rows[-1], flush=True)  # noqa: T201
     if arguments.output:
-        result = document(rows, model=DEMO, text=origin, tokens=ids.numel())
+        result = document(rows, model=DEMO, text=origin, tokens=ids.numel(), group_size=arguments.group_size)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
