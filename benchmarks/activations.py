@@ -5,7 +5,7 @@ kernel share the inputs, each part has scales of its own, so that it loses less 
 
     export TQW_CPU_ISA=avx512
     python benchmarks/activations.py --bits 4,3,5 --max-tokens 8192 -o benchmarks/results/activations.json
-    python benchmarks/activations.py --bits 4 --group-size 32 --max-tokens 8192 -o benchmarks/results/activations_32.json
+    python benchmarks/activations.py --group-size 32 --max-tokens 8192 -o benchmarks/results/activations_32.json
 """
 
 from __future__ import annotations

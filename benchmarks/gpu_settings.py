@@ -53,6 +53,8 @@ def candidates(kernel: str, tokens: int, only: dict[str, tuple], layouts: tuple)
 
 def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
     choices = {name: only.get(name, values) for name, values in CHOICES.items()}
+    if tokens > 1:
+        choices["fused"] = (False,)
     if tokens <= 2 and "halves" not in only:
         choices["halves"] = (True,)
     for (cluster, split, warps, share), *values in itertools.product(layouts, *choices.values()):

@@ -476,21 +476,26 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     each = strips / device.multiprocessors
     # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
     fused = base.experts or (tokens == 1 and tiles <= 224)
+    alone = fused and not base.experts
     # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
     whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
-    halved = wide and not whole if base.experts or not fused else tiles > 120 and each < 3
+    halved = tiles > 120 and each < 3 if alone else wide and not whole
     split = 2 if halved and clustered and tiles % 2 == 0 else 1
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    warps, share = (16, 8) if halved and fused and not base.experts else _shares(tiles // split, split, each)
+    warps, share = (16, 8) if alone and halved else _shares(tiles // split, split, each)
     if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
-    ring, early = (5, 3) if many else (4, 2) if wide else (3, 2)
-    if fused and not many:
-        # where the last strips leave many multiprocessors idle, codes on their way delay x less
-        thin = each / -(-each // 1) < 0.83
-        ring, early = (4, 1) if not wide else (2, 2) if base.experts else (5, 3) if thin else (4 if split > 1 else 3, 1)
-    elif tokens > 8:
-        ring, early = (3 if many else 2), 2
+    if tokens > 8:
+        ring, early = 3 if many else 2, 2
+    elif many:
+        ring, early = 5, 3
+    elif not fused:
+        ring, early = (4, 2) if wide else (3, 2)
+    elif base.experts or not wide:
+        ring, early = (2, 2) if wide else (4, 1)
+    else:  # codes on their way delay x: the less, the more multiprocessors the last strips leave idle
+        thin = each / math.ceil(each) < 0.83
+        ring, early = (5, 3) if thin else (4 if split == 2 else 3, 1)
     return replace(
         base,
         planes=planes,
