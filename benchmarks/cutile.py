@@ -43,14 +43,12 @@ def with_hints(warps: int, occupancy: int) -> Any:
 
 
 def backend_rows(qw, dense, x, exact) -> Iterator[dict[str, Any]]:
-    weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
-    half = dense.bfloat16()
+    weights = bench.cold_weights(qw)
     calls = {
         name: [lambda w=w, name=name: kernels.linear(x, w, backend=name) for w in weights]
         for name in ("cutile", "triton", "cuda")
     }
-    copies = [half.clone() for _ in range(bench.copies_to_be_cold(half.nbytes))]
-    calls["torch_bfloat16"] = [lambda w=w: functional.linear(x, w) for w in copies]
+    calls["torch_bfloat16"] = bench.cold_dense_calls(x, dense)
     errors = {}
     for name in list(calls):
         try:
@@ -71,7 +69,7 @@ def backend_rows(qw, dense, x, exact) -> Iterator[dict[str, Any]]:
 
 
 def setting_rows(qw, x, exact, until: float) -> Iterator[dict[str, Any]]:
-    weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
+    weights = bench.cold_weights(qw)
     for columns, rows, split, warps, occupancy, paired in SETTINGS[len(x)]:
         if time.perf_counter() > until:
             return

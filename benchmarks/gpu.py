@@ -94,18 +94,14 @@ def humming_int4(dense: Tensor) -> Callable[[Tensor], Tensor]:
 
 def graph_microseconds(calls: Sequence[Callable[[], Tensor]], x: Tensor, dense: Tensor) -> float:
     """Of a method, in turns with the bfloat16 product."""
-    dense16 = dense.bfloat16()
-    copies = [dense16.clone() for _ in range(bench.copies_to_be_cold(dense16.nbytes))]
-    methods = {"method": calls, "torch_bfloat16": [lambda w=w: functional.linear(x, w) for w in copies]}
-    return bench.graph_microseconds(methods)["method"]
+    return bench.graph_microseconds({"method": calls, "torch_bfloat16": bench.cold_dense_calls(x, dense)})["method"]
 
 
 def own_row(method: str, qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
     """Our op, as it is set up now."""
     x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
-    weights = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
     error = bench.checked_error(method, kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.02)
-    microseconds = graph_microseconds([lambda w=w: kernels.linear(x, w) for w in weights], x, dense)
+    microseconds = graph_microseconds([lambda w=w: kernels.linear(x, w) for w in bench.cold_weights(qw)], x, dense)
     say(f"{method} {microseconds:.1f}", shape, tokens)
     return {
         "device": "cuda", "shape": shape, "tokens": tokens, "method": method, "bits": "4",

@@ -121,7 +121,7 @@ def main() -> None:
     compile_all({item for item in items if item and fits(kernel, item, device)}, device.arch)
     for shape, qw in weights.items():
         dense = dequantize(qw).double()
-        copies = [bench.copy_weight(qw) for _ in range(bench.copies_to_be_cold(qw.nbytes()))]
+        copies = bench.cold_weights(qw)
         for tokens in arguments.tokens:
             x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
             exact = functional.linear(x.double(), dense)

@@ -45,6 +45,7 @@ _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: 
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
 _COARSE_BYTES = 64 << 20  # of T(x) in 8 bits at once; more tokens come in turns
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
+_COLUMNS = (8, 16, 32, 64, 96, 128, 192, 256)  # of a CTA of middle.cu
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
 _SLICE_BYTES = (
     64 << 20
@@ -476,13 +477,13 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     each = strips / device.multiprocessors
     # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
     fused = base.experts or (tokens == 1 and tiles <= 224)
-    alone = fused and not base.experts
+    plain = fused and not base.experts
     # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
     whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
-    halved = tiles > 120 and each < 3 if alone else wide and not whole
+    halved = tiles > 120 and each < 3 if plain else wide and not whole
     split = 2 if halved and clustered and tiles % 2 == 0 else 1
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    warps, share = (16, 8) if alone and halved else _shares(tiles // split, split, each)
+    warps, share = (16, 8) if plain and halved else _shares(tiles // split, split, each)
     if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     if tokens > 8:
@@ -580,7 +581,7 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
         return None  # the last wave would be too thin
     least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
-    columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= max(least, -(-tokens // blocks)))
+    columns = next(c for c in _COLUMNS if c >= max(least, -(-tokens // blocks)))
     few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
     warpgroups = (2, 1) if few and columns > 64 else (1,) if few else (2,)
     divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
@@ -601,7 +602,7 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
 
     The cost is in tiles of 64 rows, fitted to 15 shapes of 32 to 1,024 tokens on one H100."""
     blocks = -(-tokens // 256)
-    columns = next(c for c in (8, 16, 32, 64, 96, 128, 192, 256) if c >= -(-tokens // blocks))
+    columns = next(c for c in _COLUMNS if c >= -(-tokens // blocks))
     tiles = base.padded_in // base.tile
 
     def cost(warpgroups: int, split: int, apart: bool) -> float:
@@ -723,7 +724,7 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
     if _route_bytes(count) > device.shared_bytes:
         return None
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
-    columns = next((c for c in (8, 16, 32, 64, 96, 128, 192) if c * count >= 1.25 * pairs), 256)
+    columns = next((c for c in _COLUMNS if c * count >= 1.25 * pairs), _COLUMNS[-1])
     if _takes_8_bits(base, device):
         return _coarse_of(replace(base, experts=True), columns, 1 if 64 < columns <= 128 else 2)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit

@@ -115,8 +115,8 @@ __device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& m
   for (int j = 0; j < WORDS; j += TOGETHER) {
     int n[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)  // 1.5 * 2^23 + n has n in its lower byte; |ratio| <= 1
-      n[i] = __float_as_int(fmaf(mine.level[j / TOGETHER][i], ratio, 12582912.f));
+    for (int i = 0; i < 4; i++)  // MAGIC + n has n in its lower byte; |ratio| <= 1
+      n[i] = __float_as_int(fmaf(mine.level[j / TOGETHER][i], ratio, __int_as_float(MAGIC)));
     u32 word = lower_bytes(n);
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4 / SUBS);

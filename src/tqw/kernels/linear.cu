@@ -16,7 +16,7 @@
 // ROTATE     0 none, 1 Hadamard                      SCALED    0: a = 1
 // X_TYPE     of x and y: 0 float32, 1 float16, 2 bfloat16
 // PLANES     of T(x): 2, or 1 with less work for many tokens
-// NT         columns tiles of 8 / PLANES tokens      FUSED     0: tqw_transform comes first
+// NT         columns tiles of 8 / PLANES tokens      FUSED     1: of one token in the product; 0: tqw_transform comes first
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
@@ -749,7 +749,7 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip&
       u32 from = (SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + (place.first + turn * ACROSS) / 8 * B + chunk * 16;
       if (16 * CHUNKS % 32 == 0 || row < 16) copy_async<16>(at + chunk_place<B>(row, chunk) * 16, codes + from);
     }
-  } else if constexpr (LINEAR<B> && W0 == 32) {  // two copies of a lane's own would ask for 32 bytes of memory twice
+  } else if constexpr (W0 == 32) {  // two copies of a lane's own would ask for 32 bytes of memory twice
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int down = SMALL ? min(4 * i + lane / 8, p.out - 1) - min(lane / 8, p.out - 1) : 4 * i;
@@ -1121,7 +1121,7 @@ __device__ __forceinline__ void dense_pass(const Unit* units, const u32 (*fragme
   for (int tile = 0; tile < BLOCK_TILES; tile++) {
     const Unit& unit = units[tile];
     float scale[2] = {half_to_float(unit.scales[0][I][0]), half_to_float(unit.scales[1][I][0])};
-    float offset[2] = {scale[0] * -12582912.f, scale[1] * -12582912.f};  // exact: 1.5 * 2^23 has two bits, fp16 eleven
+    float offset[2] = {scale[0] * -__int_as_float(MAGIC), scale[1] * -__int_as_float(MAGIC)};  // exact: 1.5 * 2^23 has two bits, fp16 eleven
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 a[4];
