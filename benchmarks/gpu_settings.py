@@ -141,7 +141,7 @@ def main() -> None:
                     patches |= {"_MIDDLE_TOKENS": 0}
                 try:
                     with mock.patch.multiple(cuda, **patches):
-                        if chosen and cuda._ready(qw, x).plan(tokens) is None:
+                        if chosen and cuda._ready(qw, x).call(tokens) is None:
                             continue
                         y = kernels.linear(x, qw, backend="cuda")
                         row["relative_error"] = bench.checked_error("cuda", y, exact, 0.01)

@@ -62,8 +62,8 @@ def coarse(tokens: int, columns: int, warpgroups: int, split: int, apart: bool, 
     base = cuda._variant(qw := weight(264, 1152, bits), torch.bfloat16)
     plan = cuda._middle_plan(variant(base), tokens, qw.out_features, cuda._device(torch.cuda.current_device()))
     x = torch.randn(tokens, qw.in_features, device="cuda").bfloat16()
-    ready = cuda._ready(qw, x)
-    ready.run(x, torch.empty(tokens, qw.out_features, dtype=x.dtype, device="cuda"), None, plan)
+    y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device="cuda")
+    cuda._Call(cuda._ready(qw, x), plan, tokens)(x, qw.in_features, y, None)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -66,13 +66,23 @@ def check(
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is asked for comes full of NaN: what a kernel leaves out, or reads before it is written, shows."""
-    original = torch.empty
 
-    def empty(*size, **options):
-        tensor = original(*size, **options)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+    def poisoning(make):
+        def empty(*arguments, **options):
+            tensor = make(*arguments, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
 
-    monkeypatch.setattr(torch, "empty", empty)
+        return empty
+
+    def borrow(size, stream):
+        address = original(size, stream)
+        cuda._checked(cuda._driver().cuMemsetD8Async(address, 255, size, stream), "cuMemsetD8Async")
+        return address
+
+    original = cuda._borrow
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+    monkeypatch.setattr(cuda, "_borrow", borrow)
 
 
 def needs_hopper() -> None:
@@ -159,7 +169,7 @@ def test_hundreds_of_tokens_in_8_bits(
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
     for dtype in (torch.float16, torch.bfloat16):
         x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
-        assert cuda._ready(qw, x.contiguous()).plan(tokens) is not None
+        assert cuda._ready(qw, x.contiguous()).call(tokens) is not None
         y = kernels.linear(x, qw, bias, backend="cuda")
         check(y, x, qw, bias)
         assert (y.double() - x.double() @ dequantize(qw).double().T - bias.double()).norm() < 0.02 * y.double().norm()
@@ -549,3 +559,27 @@ def quantize_model_of(name: str) -> torch.nn.Module:
 def test_says_why_not_without_a_gpu():
     qw = quantize(torch.randn(8, 64), QuantConfig())
     assert "not on a CUDA device" in (cuda.supports(torch.randn(1, 64), qw) or "")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_what_an_earlier_call_prepared_serves_only_its_own_tensors():
+    def rows(qw, which):
+        return replace(qw, packed=(qw.packed[0][which],), weight_scale=(qw.weight_scale[0][which],))
+
+    x = torch.randn(3, 512).cuda().bfloat16()
+    qw, other = make(64, 512), quantize(torch.randn(64, 512).cuda(), QuantConfig())
+    for weight in (rows(qw, slice(32)), rows(qw, slice(None, None, 2))):  # the same addresses and shapes
+        for _ in range(2):
+            check(kernels.linear(x, weight), x, weight)
+    qw.packed[0].data, qw.weight_scale[0].data = other.packed[0], other.weight_scale[0]
+    qw.channel_scale[0].copy_(other.channel_scale[0])
+    for _ in range(2):
+        assert torch.equal(kernels.linear(x, qw), kernels.linear(x, other))
+    for weight in (make(64, 512, rotation="qr"), make(64, 512, bits="4+4", rotation_strategy="different")):
+        first = kernels.linear(x, weight)
+        check(first, x, weight, middle=True)
+        assert torch.equal(kernels.linear(x, weight), first)
+    stack = quantize(torch.randn(5, 64, 512).cuda(), QuantConfig())
+    assert kernels.experts(x, stack, torch.zeros(3, 2, dtype=torch.int64, device="cuda")) is not None
+    assert cuda.linear_again(x, stack, None) is None

@@ -66,15 +66,17 @@ def attached(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWei
     return QuantizedWeight(tuple(packed), tuple(scales), tuple(channel_scales), rotation, matrix)
 
 
-def kept_weight(module: nn.Module, rotation: str) -> QuantizedWeight:
+def kept_weight(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWeight:
     """`attached`, made once and kept until a parameter is replaced: it costs more than a small layer on the CPU."""
     if torch.compiler.is_compiling():
-        return attached(module, rotation)
+        return attached(module, rotation, prefix)
     parameters = tuple(module._parameters.values())
-    kept = module.__dict__.get("_kept_weight")
+    kept = module.__dict__.get("_kept_weights")
     if kept is None or len(kept[0]) != len(parameters) or not all(map(operator.is_, kept[0], parameters)):
-        kept = module.__dict__["_kept_weight"] = parameters, attached(module, rotation)
-    return kept[1]
+        kept = module.__dict__["_kept_weights"] = parameters, {}
+    if prefix not in kept[1]:
+        kept[1][prefix] = attached(module, rotation, prefix)
+    return kept[1][prefix]
 
 
 def _describe(qw: QuantizedWeight) -> str:
@@ -277,7 +279,7 @@ class QuantizedExperts(nn.Module):
         return self.experts_class._apply_gate(self, projected)  # type: ignore[attr-defined]
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
-        return attached(self, self.rotation, name)
+        return kept_weight(self, self.rotation, name)
 
     def _project(self, x: Tensor, name: str, expert: int) -> Tensor:
         bias = getattr(self, f"{name}_bias")

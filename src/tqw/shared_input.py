@@ -36,28 +36,26 @@ def _moment(x: Tensor) -> object:
 class JoinedWeight:
     """Several weights as one: their rows follow each other in memory, and they are views of it."""
 
-    def __init__(self, weight: QuantizedWeight, channel_scales: tuple[tuple[Tensor, int], ...]) -> None:
+    def __init__(self, weight: QuantizedWeight, parts: Sequence[QuantizedWeight]) -> None:
         self.weight = weight
-        self.channel_scales = channel_scales
+        self.out_features = [qw.out_features for qw in parts]
+        self.parts = _state(parts)
+        self.channel_scales = [qw.channel_scale[0].detach() for qw in parts]  # nothing else comes to lie there
 
     def holds(self, weights: Sequence[QuantizedWeight]) -> bool:
         """Whether the weights are still those views, with the channel scales that were compared."""
-        row = 0
-        for qw in weights:
-            for mine, theirs in zip(_stacked(self.weight), _stacked(qw), strict=False):
-                if theirs.data_ptr() != mine.data_ptr() + row * mine.stride(0) * mine.element_size():
-                    return False
-            row += qw.out_features
-        return all(
-            scale is known and scale._version == version
-            for qw, (known, version) in zip(weights, self.channel_scales, strict=True)
-            for scale in qw.channel_scale
-        )
+        return _state(weights) == self.parts
 
 
 def _stacked(qw: QuantizedWeight) -> tuple[Tensor, ...]:
     """The tensors with one row for each output."""
     return (*qw.packed, *qw.weight_scale)
+
+
+def _state(weights: Sequence[QuantizedWeight]) -> list[int]:
+    """Where the tensors of the weights are, and the versions of their channel scales."""
+    tensors = [tensor for qw in weights for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale)]
+    return [*map(Tensor.data_ptr, tensors), *[qw.channel_scale[0]._version for qw in weights]]
 
 
 @torch.no_grad()
@@ -86,7 +84,7 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
             row += qw.out_features
     passes = len(first.packed)
     weight = replace(first, packed=tuple(stacks[:passes]), weight_scale=tuple(stacks[passes:]))
-    return JoinedWeight(weight, tuple((qw.channel_scale[0], qw.channel_scale[0]._version) for qw in weights))
+    return JoinedWeight(weight, weights)
 
 
 class SharedInput:
@@ -152,10 +150,9 @@ class SharedInput:
             self.joined = join(weights)
             if self.joined is None:
                 return None
-        parts = kernels.linear(x, self.joined.weight).split([qw.out_features for qw in weights], -1)
-        return [
-            part if member.bias is None else part + member.bias for part, member in zip(parts, self.layers, strict=True)
-        ]
+        parts = kernels.linear(x, self.joined.weight).split_with_sizes(self.joined.out_features, -1)
+        biases = [member.bias for member in self.layers]
+        return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
 
     def _still_alike(self, weights: list[QuantizedWeight]) -> bool:
         """Compared again only when a parameter was replaced: until then a layer keeps its weight."""

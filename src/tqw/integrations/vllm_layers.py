@@ -46,7 +46,7 @@ from tqw.integrations.serving import (
     unfilled,
 )
 from tqw.integrations.vllm_experts import ACTIVATIONS, routed_experts_op
-from tqw.layer import ROTATION_MATRIX, attached, parameter_names
+from tqw.layer import ROTATION_MATRIX, attached, kept_weight, parameter_names
 from tqw.pretrained import STORED_MATRIX
 from tqw.weight import QuantizedWeight
 
@@ -346,5 +346,5 @@ class ExpertsMethod(FusedMoEMethodBase):
         del shared_experts, shared_experts_input  # run by the caller
         if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
             topk_ids = layer.expert_map[topk_ids]
-        up, down = (attached(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
+        up, down = (kept_weight(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
         return routed_experts_op(x, topk_weights, topk_ids, up, down, self.activation)

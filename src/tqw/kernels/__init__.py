@@ -58,10 +58,15 @@ def _choose(x: Tensor, qw: QuantizedWeight) -> ModuleType:
     return next(backend for backend in BACKENDS.values() if backend.supports(x, qw) is None)
 
 
+def _automatic(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """The op by the first backend that supports it."""
+    y = cuda.linear_again(x, qw, bias) if x.is_cuda else None
+    return _choose(x, qw).linear(x, qw, bias) if y is None else y
+
+
 @torch.library.impl("tqw::linear", "CompositeExplicitAutograd")
 def _linear_op(x: Tensor, bias: Tensor | None, *tensors) -> Tensor:
-    qw = from_arguments(*tensors)
-    return _choose(x, qw).linear(x, qw, bias)
+    return _automatic(x, from_arguments(*tensors), bias)
 
 
 @torch.library.register_fake("tqw::linear")
@@ -142,7 +147,7 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
         raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
     if backend == "auto":
         if plain_eager(x, bias):
-            return _choose(x, qw).linear(x, qw, bias)
+            return _automatic(x, qw, bias)
         return torch.ops.tqw.linear(x, bias, *arguments(qw))
     if backend not in BACKENDS:
         raise TqwError(f"expected a backend of auto, {', '.join(BACKENDS)}, got {backend!r}")

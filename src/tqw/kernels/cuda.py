@@ -20,8 +20,8 @@ import hashlib
 import math
 import os
 import threading
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module, resources
 from importlib.util import find_spec
@@ -288,6 +288,11 @@ def _device(index: int) -> _Device:
     )
 
 
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    return import_module("cuda.bindings.driver")
+
+
 _thread = threading.local()
 
 
@@ -295,7 +300,7 @@ def _enter(index: int) -> None:
     """A thread that has not yet used CUDA has no context: give it torch's, which the driver's functions need."""
     if getattr(_thread, "entered", False):
         return
-    driver = import_module("cuda.bindings.driver")
+    driver = _driver()
     if int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")) == 0:
         device = _checked(driver.cuDeviceGet(index), "cuDeviceGet")
         context = _checked(driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
@@ -306,7 +311,7 @@ def _enter(index: int) -> None:
 @lru_cache(maxsize=512)
 def _function(variant: Variant, name: str, device: _Device) -> Any:
     """The loaded kernel. Loading is allowed while another thread captures a graph."""
-    driver = import_module("cuda.bindings.driver")
+    driver = _driver()
     with torch.cuda.device(device.index):
         _enter(device.index)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
@@ -325,7 +330,7 @@ def _function(variant: Variant, name: str, device: _Device) -> Any:
 @lru_cache(maxsize=4096)
 def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream: int, overlap: bool) -> Any:
     """The driver's description of a launch, made once: to make one takes longer than to launch."""
-    driver = import_module("cuda.bindings.driver")
+    driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -345,11 +350,6 @@ def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream
     return config
 
 
-@lru_cache(maxsize=1)
-def _launcher() -> Any:
-    return import_module("cuda.bindings.driver").cuLaunchKernelEx
-
-
 @dataclass(frozen=True)
 class _Launch:
     """One kernel and its grid, ready to go."""
@@ -360,12 +360,28 @@ class _Launch:
     shared: int
     device: _Device
     split: int = 1
+    configs: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # by stream
 
-    def __call__(self, params: _Params) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
-        pointers = ctypes.c_void_p(ctypes.addressof(params))
-        _checked(_launcher()(config, self.function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
+    def __call__(self, arguments: int, stream: int) -> None:
+        """arguments: address of the address of its _Params."""
+        config = self.configs.get(stream)
+        if config is None:
+            config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
+            self.configs[stream] = config
+        result = _driver().cuLaunchKernelEx(config, self.function, arguments, 0)
+        if int(result[0]) != 0:
+            _checked(result, "cuLaunchKernelEx")
+
+
+def _launch(launches: tuple[_Launch, ...], params: _Params, stream: int) -> None:
+    arguments = ctypes.c_void_p(ctypes.addressof(params))
+    for launch in launches:
+        launch(ctypes.addressof(arguments), stream)
+
+
+def _borrow(size: int, stream: int) -> int:
+    """Address of so many bytes from torch's allocator on the current device; a tensor of them takes 3 us longer."""
+    return torch._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
 
 
 # ---------------------------------------------------------------------------------------------------------- the op
@@ -556,7 +572,7 @@ def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int
     """Clusters that run at once, a CTA on a multiprocessor: not all multiprocessors can be grouped in clusters."""
     if cluster == 1:
         return device.multiprocessors
-    driver = import_module("cuda.bindings.driver")
+    driver = _driver()
     config = _config((cluster, 1), threads, device.shared_bytes, cluster, 0, False)
     clusters = _checked(driver.cuOccupancyMaxActiveClusters(function, config), "cuOccupancyMaxActiveClusters")
     return clusters
@@ -789,66 +805,109 @@ def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None
     return None if variant is None else _middle_plan(variant, tokens, out, device)
 
 
+class _Call:
+    """A plan for a weight and a number of tokens, to which a call adds only the addresses of its tensors."""
+
+    def __init__(self, ready: _Ready, plan: _Plan, tokens: int, choices: int = 0) -> None:
+        """choices: experts of each token; 0: the weight is not stacked."""
+        self.launches, self.size, self.vectors = plan.launches, ready.size, ready.vectors
+        self.outputs, self.choices = ready.out * (choices or 1), choices  # of a token
+        pairs = tokens * choices
+        self.params = params = _Params.from_buffer_copy(ready.params)
+        params.batch, params.arrivals, params.blocks, params.choices = plan.batch, plan.arrivals, plan.blocks, choices
+        params.tokens = tokens if not choices else pairs if plan.blocks else 1
+        self.scratch_bytes = plan.scratch_bytes(pairs)
+        self.places: dict[str, int] = {}  # of what lies in it
+        if plan.plane_bytes:
+            rest = plan.plane_bytes + 4 * plan.scale_count
+            self.places = {"planes": 0, "plane_scale": plan.plane_bytes}
+            if plan.arrivals:
+                self.places |= {"parts": rest, "arrived": rest + plan.part_bytes}
+            if plan.blocks:
+                pair = rest + 8 * (plan.blocks + 1)
+                self.places |= {"block": rest, "pair": pair, "column": pair + 4 * plan.scale_count}
+
+    def __call__(
+        self, x: Tensor, stride: int, y: Tensor, bias: Tensor | None, ids: Tensor | None = None, first: int = 0
+    ) -> None:
+        """y = T(x) V^T + b for tokens from `first` on, `stride` inputs apart; with ids by the experts they name."""
+        params = _Params.from_buffer_copy(self.params)  # threads share self
+        params.x = start = x.data_ptr() + first * stride * self.size
+        params.vectors = self.vectors and start % 16 == 0 and stride * self.size % 16 == 0
+        params.x_stride, params.y = stride, y.data_ptr() + first * self.outputs * self.size
+        if bias is not None:
+            params.bias = bias.data_ptr()
+        if ids is not None:
+            params.ids = ids.data_ptr() + first * self.choices * ids.element_size()
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        if not self.scratch_bytes:
+            return _launch(self.launches, params, stream)
+        scratch = _borrow(self.scratch_bytes, stream)
+        try:
+            for name, place in self.places.items():
+                setattr(params, name, scratch + place)
+            _launch(self.launches, params, stream)
+        finally:  # whoever gets this memory next uses it on the same stream, and so later
+            torch._C._cuda_cudaCachingAllocator_raw_delete(scratch)
+
+
 class _Ready:
-    """What all calls on one weight share: the parameters that it decides, and a plan for each number of tokens."""
+    """What all calls on one weight share: the parameters that it decides, and a call for each number of tokens."""
 
     def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
         self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
         self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
         self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
         self.size = dtype.itemsize
-        self.plans: dict[int, _Plan | None] = {}
+        self.vectors = self.params.channel % 8 == 0 and (in_features % 8 == 0 or in_features >= self.padded)
+        self.calls: dict[tuple[int, int], _Call | None] = {}  # by tokens and choices
+        self.turns: dict[tuple[int, int], tuple[int, int]] = {}
         self.dequantize: dict[int, _Launch] = {}  # by rows
 
-    def plan(self, tokens: int) -> _Plan | None:
-        if tokens not in self.plans:
-            self.plans[tokens] = _plan(self.base, tokens, self.out, self.device)
-        return self.plans[tokens]
+    def call(self, tokens: int, choices: int = 0) -> _Call | None:
+        """None: no kernel takes so many at once. choices: experts of each token, of a stacked weight."""
+        if (tokens, choices) not in self.calls:
+            if choices:
+                plan = _expert_plan(self.base, tokens * choices, self.params.experts, self.out, self.device)
+            else:
+                plan = _plan(self.base, tokens, self.out, self.device)
+            self.calls[tokens, choices] = None if plan is None else _Call(self, plan, tokens, choices)
+        return self.calls[tokens, choices]
 
-    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, plan: _Plan, ids: Tensor | None = None) -> None:
-        """y = T(x) V^T + b for [tokens, in] -> [tokens, out]; with ids [pairs] by the experts that these name."""
-        params = _Params.from_buffer_copy(self.params)  # threads share self
-        params.x, params.y, params.x_stride, params.tokens = x.data_ptr(), y.data_ptr(), x.stride(0), x.shape[0]
-        params.bias, params.batch = None if bias is None else bias.data_ptr(), plan.batch
-        params.vectors = not (
-            params.x % 16
-            or params.x_stride * self.size % 16
-            or params.channel % 8
-            or (self.in_features % 8 and self.in_features < self.padded)
-        )
-        pairs = 0 if ids is None else ids.numel()
-        if ids is not None:
-            params.ids, params.tokens, params.choices = ids.data_ptr(), 1, pairs // x.shape[0]
-        scratch = None  # alive until the launch
-        if plan.plane_bytes:
-            scratch = torch.empty(plan.scratch_bytes(pairs), dtype=torch.uint8, device=x.device)
-            params.planes = scratch.data_ptr()
-            params.plane_scale = params.planes + plan.plane_bytes
-        if plan.arrivals:
-            params.parts, params.arrivals = params.plane_scale + 4 * plan.scale_count, plan.arrivals
-            params.arrived = params.parts + plan.part_bytes
-        if plan.blocks:
-            params.tokens, params.blocks = pairs, plan.blocks
-            params.block = params.plane_scale + 4 * plan.scale_count
-            params.pair = params.block + 8 * (plan.blocks + 1)
-            params.column = params.pair + 4 * plan.scale_count
-        for launch in plan.launches:
-            launch(params)
+    def turn(self, tokens: int, choices: int) -> tuple[int, int]:
+        """Of tokens with `choices` experts each: up to how many pairs a product for each expert is slower, and how
+        many tokens are computed at once."""
+        if (tokens, choices) not in self.turns:
+            of = self.base, tokens * choices, self.params.experts, self.out, self.device
+            each, most = (
+                (_PAIRS_PER_EXPERT, math.inf) if _grouped_variant(*of) is None else (_MIDDLE_TOKENS, _MOST_PAIRS)
+            )
+            step = _expert_tokens(self.base, tokens, choices, self.params.experts, self.out, self.device)
+            self.turns[tokens, choices] = int(min(each * self.params.experts, most)), step
+        return self.turns[tokens, choices]
 
 
 _READY: dict[tuple, _Ready] = {}
 
 
-def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
-    """The prepared weight. The key holds all that it was made from, so reused memory cannot make it wrong."""
-    _enter(x.device.index)
+def _key(qw: QuantizedWeight, x: Tensor) -> tuple:
+    """All that a prepared weight is made from, so that reused memory cannot make it wrong."""
     tensors = (*qw.packed, *qw.weight_scale, *qw.channel_scale)
-    key = (x.dtype, x.shape[1], x.device.index, qw.rotation, *[(t.data_ptr(), t.shape) for t in tensors])
+    return (
+        x.dtype, x.shape[-1], x.get_device(), qw.rotation,
+        *map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.is_contiguous, tensors),
+    )  # fmt: skip
+
+
+def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
+    """The prepared weight."""
+    _enter(x.device.index)
+    key = _key(qw, x)
     ready = _READY.get(key)
     if ready is None:
         if len(_READY) >= 8192:
             _READY.clear()
-        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[1], _device(x.device.index))
+        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[-1], _device(x.device.index))
     return ready
 
 
@@ -867,7 +926,7 @@ def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor |
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
     if rows not in ready.dequantize:
         ready.dequantize[rows] = _dequantize_launch(ready.dense, rows, ready.device)
-    ready.dequantize[rows](params)
+    _launch((ready.dequantize[rows],), params, torch._C._cuda_getCurrentRawStream(out.get_device()))
 
 
 def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
@@ -892,26 +951,38 @@ def _activations() -> str:
     return activations
 
 
-def _shared_rotation(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """The op on [tokens, in] for passes that share a rotation."""
-    tokens = x.shape[0]
-    y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device=x.device)
+_NOTHING = nullcontext()
+
+
+def _on(x: Tensor) -> AbstractContextManager:
+    """With the device of x as torch's current one, which to set costs as much as a launch."""
+    return _NOTHING if torch.cuda.current_device() == x.get_device() else torch.cuda.device(x.device)
+
+
+def _product(x: Tensor, ready: _Ready, bias: Tensor | None) -> Tensor:
+    """The op for passes that share a rotation: [..., in] -> [..., out]."""
+    y = x.new_empty(*x.shape[:-1], ready.out)
+    tokens, stride = x.numel() // ready.in_features, ready.in_features
     if tokens == 0:
         return y
-    ready = _ready(qw, x)
-    plan = ready.plan(tokens)
-    if plan is not None:
-        ready.run(x, y, bias, plan)
+    if not x.is_contiguous():
+        x = x.reshape(-1, stride)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        stride = x.stride(0)
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        bias = bias.to(x.dtype).contiguous()
+    call = ready.call(tokens)
+    if call is not None:
+        call(x, stride, y, bias)
         return y
     chunk = _chunk(ready, tokens)
     if chunk is None:
-        _many(x, y, ready, bias)
+        _many(x.reshape(-1, x.shape[-1]), y.view(-1, ready.out), ready, bias)
         return y
     for first in range(0, tokens, chunk):
-        rows = slice(first, min(first + chunk, tokens))
-        plan = ready.plan(rows.stop - first)
-        assert plan is not None, "fewer tokens need less shared memory"
-        ready.run(x[rows], y[rows], bias, plan)
+        call = ready.call(min(chunk, tokens - first))
+        assert call is not None, "fewer tokens need less shared memory"
+        call(x, stride, y, bias, first=first)
     return y
 
 
@@ -919,25 +990,26 @@ def _chunk(ready: _Ready, tokens: int) -> int | None:
     """Tokens of one turn when all do not fit in one: the most that fit, shared out evenly. None: by dense rows."""
     chunk = None
     if tokens < _DENSE_TOKENS:
-        chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.plan(chunk)), None)
+        chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.call(chunk)), None)
     elif tokens > (most := _turn(ready.base)) and _takes_8_bits(ready.base, ready.device):
-        chunk = most if ready.plan(most) else None
+        chunk = most if ready.call(most) else None
     return chunk and -(-tokens // -(-tokens // chunk))
 
 
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """T(x) V^T + b: [..., in] -> [..., out], in the dtype of x."""
-    shape = (*x.shape[:-1], qw.out_features)
-    x = x.reshape(-1, x.shape[-1])
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
-        bias = bias.to(x.dtype).contiguous()
-    product = _by_pass if gpu.supports_rotation(qw) else _shared_rotation
-    if torch.cuda.current_device() == x.device.index:  # to set the device costs as much as a launch
-        return product(x, qw, bias).view(shape)
-    with torch.cuda.device(x.device):
-        return product(x, qw, bias).view(shape)
+    with _on(x):
+        return _by_pass(x, qw, bias) if gpu.supports_rotation(qw) else _product(x, _ready(qw, x), bias)
+
+
+def linear_again(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
+    """`linear` for a weight that has been through it, without asking again whether it can be; else None."""
+    ready = _READY.get(_key(qw, x))
+    if ready is None or ready.params.experts or qw.rotation == "qr":
+        return None
+    _enter(x.get_device())
+    with _on(x):
+        return _product(x, ready, bias)
 
 
 def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -948,43 +1020,52 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     ids = ids.to(torch.int64).contiguous()
-    y = torch.empty(*ids.shape, qw.out_features, dtype=x.dtype, device=x.device)
-    if ids.numel():
-        with torch.cuda.device(x.device):
-            ready, bias = _ready(qw, x), bias if bias is None else bias.contiguous()
-            (tokens, choices), count = ids.shape, qw.packed[0].shape[0]
-            step = _expert_tokens(ready.base, tokens, choices, count, ready.out, ready.device)
-            for first in range(0, tokens, step):
-                turn = slice(first, first + step)
-                plan = _expert_plan(ready.base, ids[turn].numel(), count, ready.out, ready.device)
-                assert plan is not None, "supports_experts has seen one"
-                ready.run(x[turn], y[turn], bias, plan, ids[turn])
+    y = x.new_empty(*ids.shape, qw.out_features)
+    if ids.numel() == 0:
+        return y
+    (tokens, choices), bias = ids.shape, bias if bias is None else bias.contiguous()
+    with _on(x):
+        ready = _ready(qw, x)
+        _, turn = ready.turn(tokens, choices)
+        for first in range(0, tokens, turn):
+            call = ready.call(min(turn, tokens - first), choices)
+            assert call is not None, "supports_experts has seen one"
+            call(x, x.stride(0), y, bias, ids, first)
     return y
 
 
 def supports_experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> str | None:
     """None, or why `experts` cannot compute this call or is not meant for it."""
+    if bias is not None and bias.dtype != x.dtype:
+        return f"the bias is {bias.dtype}, x {x.dtype}"
+    ready = _READY.get(_key(qw, x))
+    if ready is None:
+        reason = _supports_stack(x, qw)
+        if reason is not None:
+            return reason
+        ready = _ready(qw, x)
+    if ids.numel() == 0:
+        return None
+    tokens, choices = ids.shape
+    pairs, count = tokens * choices, ready.params.experts
+    most, turn = ready.turn(tokens, choices)
+    if pairs > most and not torch.cuda.is_current_stream_capturing():
+        return f"{pairs} pairs for {count} experts: a product for each expert is faster"
+    with _on(x):
+        call = ready.call(turn, choices)
+    return None if call is not None else "one token's inputs do not fit in shared memory"
+
+
+def _supports_stack(x: Tensor, qw: QuantizedWeight) -> str | None:
+    """None, or why `experts` cannot compute with this weight."""
     reason = gpu.supports_rotation(qw)
     if reason is not None:
         return reason
+    if qw.packed[0].ndim != 3:
+        return f"the weight has {qw.packed[0].ndim} dimensions, not 3"
     if any(packed[0].numel() % 16 for packed in qw.packed):
         return "an expert's codes do not start at a multiple of 16 bytes"
-    if bias is not None and bias.dtype != x.dtype:
-        return f"the bias is {bias.dtype}, x {x.dtype}"
-    reason = supports(x, qw[0])
-    if reason is not None:
-        return reason
-    variant, device, pairs, count = _variant(qw, x.dtype), _device(x.device.index), ids.numel(), qw.packed[0].shape[0]
-    if pairs == 0:
-        return None
-    grouped = _grouped_variant(variant, pairs, count, qw.out_features, device) is not None
-    most = min(_MIDDLE_TOKENS * count, _MOST_PAIRS) if grouped else _PAIRS_PER_EXPERT * count
-    if pairs > most and not torch.cuda.is_current_stream_capturing():
-        return f"{pairs} pairs for {count} experts: a product for each expert is faster"
-    with torch.cuda.device(x.device):
-        step = _expert_tokens(variant, len(ids), pairs // len(ids), count, qw.out_features, device)
-        plan = _expert_plan(variant, step * pairs // len(ids), count, qw.out_features, device)
-    return None if plan is not None else "one token's inputs do not fit in shared memory"
+    return supports(x, qw[0])
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:
@@ -998,10 +1079,10 @@ def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:
 def _by_pass(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The slower way for passes with different rotations and for `qr`: a float32 product for each rotation."""
     wide = x.float()
-    total = torch.zeros(x.shape[0], qw.out_features, dtype=torch.float32, device=x.device)
+    total = wide.new_zeros(*x.shape[:-1], qw.out_features)
     for part in _passes(qw):
         transformed = transform(wide, part.channel_scale[0], part.matrix(wide)) if qw.rotation == "qr" else wide
-        total += _shared_rotation(transformed, part, None)
+        total += _product(transformed, _ready(part, transformed), None)
     return (total if bias is None else total + bias).to(x.dtype)
 
 
