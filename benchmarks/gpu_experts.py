@@ -143,8 +143,9 @@ def compile_all() -> None:
         tasks.append(lambda v=variant: cuda._dequantize_launch(v, 256, device))
         counts = set()
         for tokens in TOKENS:
-            pairs = tokens * p.choices
-            tasks.append(lambda v=variant, n=pairs, p=p: cuda._expert_plan(v, n, p.experts, p.out_features, device))
+            choices = 1 if p.by_pair else p.choices
+            of = tokens * p.choices // choices, choices, p.experts, p.out_features, device
+            tasks.append(lambda v=variant, of=of: cuda._expert_plan(v, *of))
             if goes_by_expert(p, tokens):
                 counts.update(route(p, tokens, 0).flatten().bincount(minlength=p.experts).tolist())
         tasks += [lambda v=variant, n=n, p=p: cuda._plan(v, n, p.out_features, device) for n in counts if n]

@@ -160,6 +160,11 @@ class Variant:
         """Eight warps each, of a kernel that transforms 256 inputs of a token with each warp."""
         return -(-(-(-self.padded_in // 256) * tokens) // 8)
 
+    def spread_threads(self) -> int:
+        """Threads of a CTA that transforms one token, or a part of its inputs (COARSE: THREADS of int8.cu)."""
+        part = -(-(self.padded_in // self.tile) // self.spread) * self.tile
+        return 256 if not self.coarse else 128 if part <= 1024 else 256 if part <= 8192 else 512
+
     def stage_bytes(self) -> int:
         """T(x) of a tile in the middle kernel."""
         return self.columns * self.tile * (1 if self.coarse else 2)
@@ -453,7 +458,7 @@ class _Plan:
 
     def scratch_bytes(self, pairs: int) -> int:
         """T(x), its scales and, for blocks of pairs, the order of the pairs, or sums of parts of the inputs."""
-        order = 8 * (self.blocks + 1) + 4 * self.scale_count + 4 * pairs if self.blocks else 0
+        order = 8 * self.blocks + 4 * self.scale_count + 4 * pairs if self.blocks else 0
         return self.plane_bytes + 4 * self.scale_count + order + self.part_bytes + 4 * self.arrivals
 
 
@@ -704,13 +709,21 @@ def _of_each(ctas: int, cluster: int, device: _Device) -> int:
 
 
 def _middle_plan(
-    variant: Variant, tokens: int, out: int, device: _Device, blocks: int = 0, route: _Launch | None = None
+    variant: Variant,
+    tokens: int,
+    out: int,
+    device: _Device,
+    blocks: int = 0,
+    route: _Launch | None = None,
+    choices: int = 1,
 ) -> _Plan:
-    """T(x) of `tokens` and the product; with `route`, which puts them in order, of pairs in at most so many blocks."""
+    """T(x) of `tokens` and the product; with `route`, which puts them in order, of pairs in at most so many blocks,
+    `choices` of each token."""
     cells, rows = blocks or -(-tokens // variant.columns), -(-out // (64 * variant.warpgroups))
     parts = variant.spread if variant.coarse else 1  # of the inputs, each with its own scales of T(x)
-    function, grid = _function(variant, "tqw_spread", device), (tokens * variant.spread, 1)
-    spread = _Launch(function, grid, 256, 0, device, variant.spread // parts)
+    function, threads = _function(variant, "tqw_spread", device), variant.spread_threads()
+    grid = (tokens // (choices if variant.coarse else 1) * variant.spread, 1)
+    spread = _Launch(function, grid, threads, 0, device, variant.spread // parts)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared, cluster = variant.ring_bytes(), 1 if variant.apart else variant.split
     if route is None:  # how many blocks of pairs there are is not known
@@ -742,7 +755,10 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
     # most experts in one block: to decode their codes twice costs more than columns that nobody needs
     columns = next((c for c in _COLUMNS if c * count >= 1.25 * pairs), _COLUMNS[-1])
     if _takes_8_bits(base, device):
-        return _coarse_of(replace(base, experts=True), columns, 1 if 64 < columns <= 128 else 2)
+        # of few inputs a CTA's start and end take as long as its products: more and smaller ones hide each other's
+        columns = min(columns, 96) if base.padded_in <= 1024 else columns
+        one = 64 < columns <= 128 or base.padded_in <= 2048
+        return _coarse_of(replace(base, experts=True), columns, 1 if one else 2)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
@@ -752,7 +768,7 @@ def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _D
 
 def _route_bytes(count: int) -> int:
     """Dynamic shared memory of tqw_route for `count` experts."""
-    return 4 * (34 * count + 1)
+    return 4 * (36 * count + 1)
 
 
 def _most_blocks(pairs: int, count: int, columns: int) -> int:
@@ -762,19 +778,21 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
     return (pairs - chosen) // columns + chosen
 
 
-def _grouped_plan(variant: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan:
+def _grouped_plan(variant: Variant, pairs: int, choices: int, count: int, out: int, device: _Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
-    route = _Launch(_function(variant, "tqw_route", device), (1, 1), 1024, _route_bytes(count), device)
-    return _middle_plan(variant, pairs, out, device, blocks, route)
+    function, ctas = _function(variant, "tqw_route", device), 8 if pairs > 1024 else 1
+    route = _Launch(function, (ctas, 1), 1024, _route_bytes(count), device, ctas)
+    return _middle_plan(variant, pairs, out, device, blocks, route, choices)
 
 
 @lru_cache(maxsize=4096)
-def _expert_plan(base: Variant, pairs: int, count: int, out: int, device: _Device) -> _Plan | None:
-    """The launches for so many pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
+def _expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, device: _Device) -> _Plan | None:
+    """The launches for all pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
     each pair reads its expert's codes. None: not even one token fits."""
+    pairs = tokens * choices
     grouped = _grouped_variant(base, pairs, count, out, device)
     if grouped is not None:
-        return _grouped_plan(grouped, pairs, count, out, device)
+        return _grouped_plan(grouped, pairs, choices, count, out, device)
     return _decode_plan(_decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
 
 
@@ -824,7 +842,7 @@ class _Call:
             if plan.arrivals:
                 self.places |= {"parts": rest, "arrived": rest + plan.part_bytes}
             if plan.blocks:
-                pair = rest + 8 * (plan.blocks + 1)
+                pair = rest + 8 * plan.blocks
                 self.places |= {"block": rest, "pair": pair, "column": pair + 4 * plan.scale_count}
 
     def __call__(
@@ -868,7 +886,7 @@ class _Ready:
         """None: no kernel takes so many at once. choices: experts of each token, of a stacked weight."""
         if (tokens, choices) not in self.calls:
             if choices:
-                plan = _expert_plan(self.base, tokens * choices, self.params.experts, self.out, self.device)
+                plan = _expert_plan(self.base, tokens, choices, self.params.experts, self.out, self.device)
             else:
                 plan = _plan(self.base, tokens, self.out, self.device)
             self.calls[tokens, choices] = None if plan is None else _Call(self, plan, tokens, choices)

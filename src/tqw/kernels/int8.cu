@@ -16,15 +16,17 @@
 static_assert(TILE == 128 && PASSES == 1, "a tile is 128 inputs");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
 
-// T(x) of one token, or of a part of its inputs. x is read once.
-extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int ROUNDS = ((TILES + SPREAD - 1) / SPREAD * TILE + 2047) / 2048, KEPT = ROUNDS < 8 ? ROUNDS : 8;
-  int part = blockIdx.x % SPREAD, lane = threadIdx.x & 31;
+static constexpr int PART = (TILES + SPREAD - 1) / SPREAD * TILE;                // inputs of a part, at most
+static constexpr int THREADS = PART <= 1024 ? 128 : PART <= 8192 ? 256 : 512;  // cuda.py knows it, too
+
+// T(x) of one token, or of a part of its inputs; with EXPERTS once for each of its pairs. x is read once.
+extern "C" __global__ void __launch_bounds__(THREADS) tqw_spread(const __grid_constant__ Params p) {
+  constexpr int STRIDE = 8 * THREADS, ROUNDS = (PART + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 8 ? ROUNDS : 8;
+  int part = blockIdx.x % SPREAD, lane = threadIdx.x & 31, t = lane / 4 % 4;
   int first = TILES * part / SPREAD * TILE + threadIdx.x * 8, end = TILES * (part + 1) / SPREAD * TILE;
-  int column = blockIdx.x / SPREAD;  // a token is its own column; or a pair
-  i64 token = EXPERTS ? column / p.choices : column;
+  i64 token = blockIdx.x / SPREAD;
   auto input = [&](int r) {  // the lane's first one of a round
-    int k = first + r * 2048;
+    int k = first + r * STRIDE;
     return k < end ? k : IN_PADDED;
   };
   allow_next_kernel();
@@ -34,15 +36,11 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, input(r));
   wait_for_previous_kernel();
 #if APART
-  for (int i = blockIdx.x * 256 + threadIdx.x; i < p.arrivals; i += gridDim.x * 256) p.arrived[i] = 0;
-#endif
-#if EXPERTS
-  column = p.column[blockIdx.x];
-  if (column < 0) return clear_outputs(p, blockIdx.x);
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.arrivals; i += gridDim.x * THREADS) p.arrived[i] = 0;
 #endif
   auto rotate = [&](float (&v)[8]) {
 #if ROTATE
-    hadamard(v, lane);
+    hadamard_sums(v, lane);
 #endif
   };
   auto measure = [&](const float (&v)[8]) {
@@ -59,28 +57,48 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
     scaled_inputs(p, token, input(r), w);
     rotate(w), measure(w);
   }
-  most = most_of_warps(most);
-  // A NaN or Inf makes the scale NaN or Inf and so every output of the token NaN.
-  float scale = most * (1.f / 127), inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
-  int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
-  if (threadIdx.x == 0) p.plane_scale[part * columns + column] = scale;
-  auto store = [&](const float (&v)[8], int k) {
-    if (k >= end) return;
-    int q[8], at = k % 32 / 8 * 32 + k % TILE / 32 * 4, chunk = at / 16;
+  most = most_of_warps<THREADS / 32>(most);
+  // A NaN or Inf makes the scale NaN and so every output of the token.
+  float scale = fmaf(most, (ROTATE ? NORM : 1.f) / 127, most - most), inverse = most > 0.f ? __fdividef(127.f, most) : 0.f;
+  // Eight inputs in 8 bits; of a quad's neighbours t and t ^ 1 one takes all lower words, one the upper ones.
+  auto rounded = [&](const float (&v)[8]) {
+    int q[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
-    u8* row = p.planes + ((i64)(column / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + column % COLUMNS * 128;
-#pragma unroll
-    for (int i = 0; i < 2; i++) *(u32*)(row + (chunk + i ^ column & 7) * 16 + at % 16) = lower_bytes(q + 4 * i);
+    for (int i = 0; i < 8; i++) q[i] = __float_as_int(fmaf(v[i], inverse, __int_as_float(MAGIC)));  // |v| <= most
+    u32 low = lower_bytes(q), high = lower_bytes(q + 4), other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
+    return t & 1 ? make_uint2(other, high) : make_uint2(low, other);
   };
+  uint2 bytes[KEPT];
 #pragma unroll
-  for (int r = 0; r < KEPT; r++) store(v[r], input(r));
+  for (int r = 0; r < KEPT; r++) bytes[r] = rounded(v[r]);
+  int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
+  auto store_column = [&](int column) {
+    if (threadIdx.x == 0) p.plane_scale[part * columns + column] = scale;
+    u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + t / 2 * 8;
+    auto store = [&](uint2 bytes, int k) {
+      int chunk = k % 32 / 8 * 2 + (t & 1);
+      if (k < end) *(uint2*)(block + k / TILE * STAGE_BYTES + (chunk ^ column & 7) * 16) = bytes;
+    };
+#pragma unroll
+    for (int r = 0; r < KEPT; r++) store(bytes[r], input(r));
 #pragma unroll 1
-  for (int r = KEPT; r < ROUNDS; r++) {
-    float w[8];
-    scaled_inputs(p, token, input(r), w);
-    rotate(w), store(w, input(r));
+    for (int r = KEPT; r < ROUNDS; r++) {
+      float w[8];
+      scaled_inputs(p, token, input(r), w);
+      rotate(w), store(rounded(w), input(r));
+    }
+  };
+#if EXPERTS
+  for (i64 pair = token * p.choices; pair < (token + 1) * p.choices; pair++) {
+    int column = p.column[pair];
+    if (column < 0)
+      clear_outputs(p, pair);
+    else
+      store_column(column);
   }
+#else
+  store_column((int)token);  // a token is its own column
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------- V in 8 bits

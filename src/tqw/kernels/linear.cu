@@ -53,7 +53,7 @@ struct Params {
   float4* parts;         // these sums
 #if EXPERTS && defined(COLUMNS)
   int blocks;   // places for blocks of at most COLUMNS pairs (token, expert) of one expert
-  int2* block;  // [blocks + 1] expert and number of pairs, 0 where there is no block; last, how many there are
+  int2* block;  // [blocks] expert and number of pairs, 0 where there is no block
   int* pair;    // [blocks, COLUMNS] the pairs of a block
   int* column;  // [pairs] where among these the pair stands, -1: its expert does not exist
 #endif
@@ -379,15 +379,16 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= NORM;
 }
 
-// The largest of 256 threads.
+// The largest of COUNT warps.
+template <int COUNT>
 __device__ __forceinline__ float most_of_warps(float most) {
-  __shared__ float most_of_warp[8];
+  __shared__ float most_of_warp[COUNT];
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
   if (threadIdx.x % 32 == 0) most_of_warp[threadIdx.x / 32] = most;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < 8; w++) most = max_or_nan(most, most_of_warp[w]);
+  for (int w = 0; w < COUNT; w++) most = max_or_nan(most, most_of_warp[w]);
   return most;
 }
 

@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
 #pragma unroll
     for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(w[i]));
   }
-  most = most_of_warps(most);
+  most = most_of_warps<8>(most);
 #if SPREAD > 1
   cluster_wait();
   if (threadIdx.x < SPREAD)
