@@ -119,6 +119,22 @@ def exact_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> di
     return row
 
 
+def int8_row(dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
+    """The library's product of int8 matrices alone, int32 [tokens, out]: nothing is rounded, decoded, scaled."""
+    x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=dense.dtype)
+    x8, weight = ((t * (127 / t.abs().amax(1, keepdim=True))).round().to(torch.int8) for t in (x, dense))
+    exact = functional.linear(x8.double(), weight.double())
+    error = bench.checked_error("torch_int8", torch._int_mm(x8, weight.T), exact, 1e-9)
+    copies = [weight.clone() for _ in range(bench.copies_to_be_cold(weight.nbytes))]
+    microseconds = graph_microseconds([lambda w=w: torch._int_mm(x8, w.T) for w in copies], x, dense)
+    say(f"torch_int8 {microseconds:.1f}", shape, tokens)
+    return {
+        "device": "cuda", "shape": shape, "tokens": tokens, "method": "torch_int8", "bits": "8",
+        "microseconds": microseconds, "packed_gigabytes_per_second": weight.nbytes / microseconds / 1e3,
+        "relative_error": error,
+    }  # fmt: skip
+
+
 def group_rows(weight: Tensor, group: int, shape: str) -> Iterator[dict[str, Any]]:
     """The op with weight scales for `group` inputs each."""
     qw = quantize(weight, QuantConfig(bits=4, group_size=group))
@@ -187,7 +203,7 @@ def measure(shapes: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], dict[
                 tokens,
             )
             if tokens >= EXACT_TOKENS:
-                rows.append(exact_row(qw, dense, shape, tokens))
+                rows += [exact_row(qw, dense, shape, tokens), int8_row(dense.bfloat16(), shape, tokens)]
         del dense
         for group in OTHER_GROUPS:
             rows += group_rows(weight, group, shape)

@@ -90,7 +90,14 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "coarse", partial(coarse, 40, 64, 1, 2, False, bits)
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")
-    yield "experts", lambda: experts(200, "4+4")
+    for tokens, bits in ((200, "4+4"), (700, "4")):
+        yield "experts", lambda t=tokens, b=bits: experts(t, b)
+    for out_features in (40, 41):
+        pairs, ids = (
+            torch.randn(3, 2, out_features, device="cuda").bfloat16(),
+            torch.randint(-1, 6, (3, 2), device="cuda"),
+        )
+        yield "experts", lambda p=pairs, i=ids: kernels.combine(p, torch.rand(3, 2, device="cuda"), i, 5)
     yield "dense", lambda: linear(weight(40, 512), 2000, torch.bfloat16)
     yield "dense", lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
 

@@ -583,3 +583,24 @@ def test_what_an_earlier_call_prepared_serves_only_its_own_tensors():
     stack = quantize(torch.randn(5, 64, 512).cuda(), QuantConfig())
     assert kernels.experts(x, stack, torch.zeros(3, 2, dtype=torch.int64, device="cuda")) is not None
     assert cuda.linear_again(x, stack, None) is None
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", list(ROUND_OFF))
+@pytest.mark.parametrize("weight_dtype", [torch.float64, *ROUND_OFF])
+@pytest.mark.parametrize(("tokens", "choices", "out_features"), [(0, 2, 8), (1, 1, 17), (5, 8, 64), (33, 3, 2056)])
+def test_combined_pairs_are_the_weighted_sum(poisoned, monkeypatch, dtype, weight_dtype, tokens, choices, out_features):
+    """float32 sums: 2^-24 of the absolute sum for each term, then one rounding to the dtype."""
+    pairs = torch.randn(tokens, choices, out_features, device="cuda").to(dtype)
+    ids = torch.randint(-1, 6, (tokens, choices), device="cuda")
+    missing = (ids < 0) | (ids >= 5)
+    pairs[missing] = float("nan")
+    weights = torch.rand(choices, tokens, device="cuda").to(weight_dtype).T  # not contiguous
+    terms = torch.where(missing[..., None], 0, pairs.double() * weights.double()[..., None])
+    for most in (cuda._MOST_GRID, 2):
+        monkeypatch.setattr(cuda, "_MOST_GRID", most)
+        y = kernels.combine(pairs, weights, ids, 5)
+        assert y.dtype == dtype
+        bound = torch.finfo(dtype).eps / 2 * terms.sum(1).abs() + (choices + 2) * 2**-24 * terms.abs().sum(1) + 1e-7
+        assert ((y.double() - terms.sum(1)).abs() <= bound).all()

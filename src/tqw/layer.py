@@ -243,9 +243,7 @@ def mixture_by_pairs(
     y = kernels.experts(activate(projected.flatten(0, 1)), down[0], ids.reshape(-1, 1), down[1])
     if y is None:
         return None
-    present = ((ids >= 0) & (ids < up[0].packed[0].shape[0]))[..., None]
-    y = finish(y).view(*ids.shape, -1) * weights[..., None]
-    return torch.where(present, y, 0).sum(1, dtype=torch.float32).to(x.dtype)
+    return kernels.combine(finish(y).view(*ids.shape, -1), weights, ids, up[0].packed[0].shape[0]).to(x.dtype)
 
 
 class QuantizedExperts(nn.Module):
@@ -293,7 +291,7 @@ class QuantizedExperts(nn.Module):
         return mixture_by_pairs(x, ids, weights, up, down, lambda projected: gate(self, projected), self._finish)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if hidden_states.is_cuda and kernels.plain_eager(hidden_states, None):
+        if hidden_states.is_cuda and kernels.plain_eager(hidden_states, top_k_weights):
             together = self._by_pairs(hidden_states, top_k_index, top_k_weights)
             if together is not None:
                 return together

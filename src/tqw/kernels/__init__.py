@@ -170,6 +170,11 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
     return cuda.experts(x, qw, ids, bias) if x.is_cuda and cuda.supports_experts(x, qw, ids, bias) is None else None
 
 
+def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """y[t] = sum_k weights[t, k] pairs[t, k] over 0 <= ids[t, k] < experts: [tokens, choices, out] -> [tokens, out]."""
+    return (cuda if pairs.is_cuda else reference).combine(pairs, weights, ids, experts)
+
+
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`weight.dequantize` by the fastest backend: dense [..., out, in] in `dtype`."""
     if cpu.supports_rows(qw, dtype) is None:

@@ -53,6 +53,7 @@ _SLICE_BYTES = (
 _PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, each expert's product comes cheaper
 _GROUPED_PAIRS = 1.5  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
+_MOST_GRID = (1 << 16) - 1  # CTAs of a grid but in its first direction
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 
 
@@ -179,6 +180,33 @@ class Variant:
         return stages + 16 * self.stages + 4 * self.columns
 
 
+@dataclass(frozen=True)
+class _Combine:
+    """The macros of combine.cu."""
+
+    y_type: int
+    weight_type: int
+    wide: bool
+
+    def source(self) -> str:
+        macros = {"Y_TYPE": self.y_type, "W_TYPE": self.weight_type, "WIDE": int(self.wide)}
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source("combine.cu")
+
+
+class _CombineParams(ctypes.Structure):
+    """`struct Params` of combine.cu."""
+
+    _fields_ = [
+        ("pairs", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("choices", ctypes.c_int),
+        ("out", ctypes.c_int),
+        ("experts", ctypes.c_int),
+    ]
+
+
 def _wgmma(columns: int, coarse: bool) -> dict[str, str]:
     """Macros of the wgmma for 64 rows and `columns` tokens, A in registers, which names each of its accumulators."""
     count = columns // 2
@@ -248,7 +276,7 @@ def _locked(path: Path):
         yield
 
 
-def cubin(variant: Variant, arch: str) -> bytes:
+def cubin(variant: Variant | _Combine, arch: str) -> bytes:
     """The compiled module, from the disk cache when it is there."""
     nvrtc = import_module("cuda.bindings.nvrtc")
     source = variant.source()
@@ -314,7 +342,7 @@ def _enter(index: int) -> None:
 
 
 @lru_cache(maxsize=512)
-def _function(variant: Variant, name: str, device: _Device) -> Any:
+def _function(variant: Variant | _Combine, name: str, device: _Device) -> Any:
     """The loaded kernel. Loading is allowed while another thread captures a graph."""
     driver = _driver()
     with torch.cuda.device(device.index):
@@ -378,7 +406,7 @@ class _Launch:
             _checked(result, "cuLaunchKernelEx")
 
 
-def _launch(launches: tuple[_Launch, ...], params: _Params, stream: int) -> None:
+def _launch(launches: tuple[_Launch, ...], params: ctypes.Structure, stream: int) -> None:
     arguments = ctypes.c_void_p(ctypes.addressof(params))
     for launch in launches:
         launch(ctypes.addressof(arguments), stream)
@@ -1084,6 +1112,41 @@ def _supports_stack(x: Tensor, qw: QuantizedWeight) -> str | None:
     if any(packed[0].numel() % 16 for packed in qw.packed):
         return "an expert's codes do not start at a multiple of 16 bytes"
     return supports(x, qw[0])
+
+
+@lru_cache(maxsize=4096)
+def _combine_launch(variant: _Combine, tokens: int, out: int, device: _Device) -> _Launch:
+    of_thread = 1 if not variant.wide else 8 if variant.y_type else 4
+    grid = -(-out // (128 * of_thread)), tokens
+    return _Launch(_function(variant, "tqw_combine", device), grid, 128, 0, device)
+
+
+def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """y[t] = sum_k weights[t, k] pairs[t, k] over 0 <= ids[t, k] < experts: [tokens, choices, out] -> [tokens, out].
+
+    Summed in float32 in one pass over the pairs; y in their dtype, float32, float16 or bfloat16.
+    """
+    weights = weights if weights.dtype in _TYPES else weights.float()
+    pairs, weights, ids = pairs.contiguous(), weights.contiguous(), ids.to(torch.int64).contiguous()
+    tokens, choices, out = pairs.shape
+    y = pairs.new_empty(tokens, out)
+    if y.numel() == 0:
+        return y
+    params = _CombineParams(pairs.data_ptr(), weights.data_ptr(), ids.data_ptr(), y.data_ptr(), choices, out, experts)
+    wide = out * y.element_size() % 16 == 0 and params.pairs % 16 == 0 and params.y % 16 == 0
+    index = pairs.get_device()
+    with _on(pairs):
+        _enter(index)
+        variant = _Combine(_TYPES[y.dtype], _TYPES[weights.dtype], wide)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        for first in range(0, tokens, _MOST_GRID):
+            rows = min(_MOST_GRID, tokens - first)
+            _launch((_combine_launch(variant, rows, out, _device(index)),), params, stream)
+            params.pairs += rows * choices * out * y.element_size()
+            params.weights += rows * choices * weights.element_size()
+            params.ids += rows * choices * 8
+            params.y += rows * out * y.element_size()
+    return y
 
 
 def _passes(qw: QuantizedWeight) -> list[QuantizedWeight]:

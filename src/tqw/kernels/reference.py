@@ -66,6 +66,12 @@ def linear_backward(grad: Tensor, qw: QuantizedWeight) -> Tensor:
     return dx.to(grad.dtype).view(*grad.shape[:-1], qw.in_features)
 
 
+def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """y[t] = sum_k weights[t, k] pairs[t, k] over 0 <= ids[t, k] < experts: [tokens, choices, out] -> [tokens, out]."""
+    present = (ids >= 0) & (ids < experts)
+    return torch.where(present[..., None], pairs * weights[..., None], 0).sum(1, dtype=torch.float32).to(pairs.dtype)
+
+
 def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """dense[ids]: integer [...] -> [..., in] in `dtype`."""
     flat = ids.flatten()
