@@ -6,6 +6,9 @@ Both projections of two mixtures, random routes. `tqw` and `torch_bfloat16` are 
 calls, each with inputs and a route of its own, over stacks that do not fit in the L2 cache; the order of the pairs that
 torch._grouped_mm needs is made before and costs it nothing. `tqw_by_expert` is a product for each expert, as where no
 kernel takes all: eager, since it asks the GPU for the route. Some rows of all are checked against float64 before.
+
+Then whole layers of experts, from x, ids and weights to the weighted sum: transformers' own module in bfloat16, by its
+`grouped_mm`, and the same module quantized.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda
-from tqw.layer import routed_tokens
+from tqw.layer import QuantizedExperts, expert_projections, expert_weight, routed_tokens
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -58,10 +61,15 @@ PROJECTIONS = (
 )
 
 
-def route(p: Projection, tokens: int, seed: int) -> Tensor:
-    """Different experts for each token: ids as `kernels.experts` takes them."""
+def chosen_experts(p: Projection, tokens: int, seed: int) -> Tensor:
+    """Different experts for each token: [tokens, choices]."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    ids = torch.rand(tokens, p.experts, device="cuda", generator=generator).topk(p.choices).indices
+    return torch.rand(tokens, p.experts, device="cuda", generator=generator).topk(p.choices).indices
+
+
+def route(p: Projection, tokens: int, seed: int) -> Tensor:
+    """ids as `kernels.experts` takes them."""
+    ids = chosen_experts(p, tokens, seed)
     return ids.reshape(-1, 1) if p.by_pair else ids
 
 
@@ -195,6 +203,62 @@ def measure(p: Projection) -> Iterator[dict[str, Any]]:
         yield from rows
 
 
+def experts_of_transformers(up: Projection) -> torch.nn.Module:
+    """The module of the model's own class, in bfloat16, with the grouped product."""
+    hidden, middle = up.in_features, up.out_features // 2
+    sizes = {"hidden_size": hidden, "num_experts_per_tok": up.choices, "hidden_act": "silu"}
+    if up.model.startswith("Mixtral"):
+        from transformers.models.mixtral import modeling_mixtral
+
+        config = modeling_mixtral.MixtralConfig(intermediate_size=middle, num_local_experts=up.experts, **sizes)
+        make = modeling_mixtral.MixtralExperts
+    else:
+        from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+        config = modeling_qwen3_moe.Qwen3MoeConfig(moe_intermediate_size=middle, num_experts=up.experts, **sizes)
+        make = modeling_qwen3_moe.Qwen3MoeExperts
+    config._experts_implementation = "grouped_mm"
+    with torch.device("cuda"):
+        module = make(config).bfloat16()
+    for weight in module.parameters():
+        weight.normal_(0, 0.02)
+    return module.requires_grad_(False)
+
+
+@torch.inference_mode()
+def measure_layer(up: Projection) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    dense = experts_of_transformers(up)
+    weights = {}
+    for name in expert_projections(dense):
+        weights[name] = quantize(expert_weight(dense, name), QuantConfig(bits=4, scale="norm"))
+        for expert, values in enumerate(getattr(dense, name)):
+            values.copy_(dequantize(weights[name][expert]))
+    quantized = QuantizedExperts(dense, weights)
+    torch.cuda.empty_cache()
+    for tokens in TOKENS:
+        calls = []
+        for seed in range(CALLS[tokens]):
+            x = torch.randn(tokens, up.in_features, device="cuda", dtype=torch.bfloat16)
+            shares = torch.rand(tokens, up.choices, device="cuda").softmax(-1).bfloat16()
+            calls.append((x, chosen_experts(up, tokens, seed), shares))
+        # two products whose operands are rounded to 8 bits, 1 % each, and what bfloat16 rounds
+        error = bench.checked_error("tqw", quantized(*calls[0]), dense(*calls[0]).double(), 5e-2)
+        times = bench.graph_microseconds(
+            {
+                "tqw": [lambda c=c: quantized(*c) for c in calls],
+                "torch_bfloat16": [lambda c=c: dense(*c) for c in calls],
+            }
+        )
+        sys.stderr.write(f"{up.model:14} layer    {tokens:5}   {times}\n")
+        for method, microseconds in times.items():
+            yield {
+                "model": up.model, "projection": "layer", "tokens": tokens, "method": method,
+                "microseconds": microseconds, "ratio": times["torch_bfloat16"] / microseconds,
+                "relative_error": error if method == "tqw" else 0.0,
+            }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_experts.json"))
@@ -205,6 +269,10 @@ def main() -> None:
         rows += measure(p)
         result = document(rows, shapes=[asdict(p) for p in PROJECTIONS])
         write_json(output, result)
+    for p in PROJECTIONS:
+        if p.projection == "gate_up":
+            rows += measure_layer(p)
+            write_json(output, document(rows, shapes=[asdict(p) for p in PROJECTIONS]))
 
 
 if __name__ == "__main__":
