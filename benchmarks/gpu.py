@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -166,7 +166,7 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
 
 def compile_all(shapes: Sequence[str]) -> None:
     """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
-    device = cuda._device(torch.cuda.current_device())
+    device = cuda_launch.device_at(torch.cuda.current_device())
 
     def plan(shape: str, tokens: int, group: int) -> None:
         config = QuantConfig(bits=4, group_size=group)

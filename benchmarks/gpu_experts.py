@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.layer import QuantizedExperts, expert_projections, expert_weight, routed_tokens
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
@@ -144,7 +144,7 @@ def median_microseconds(call: Callable[[], Any]) -> float:
 
 def compile_all() -> None:
     """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
-    device, tasks = cuda._device(torch.cuda.current_device()), []
+    device, tasks = cuda_launch.device_at(torch.cuda.current_device()), []
     for p in PROJECTIONS:
         qw = empty_weight((p.out_features, p.in_features), QuantConfig(bits=4), torch.device("meta"))
         variant = cuda._variant(qw, torch.bfloat16)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tqw.config import format_bits
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.report import document, write_json
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -54,7 +54,7 @@ _ENTRY = re.compile(
 
 
 def rows_of(name: str, variant: cuda.Variant, arch: str) -> list[dict[str, Any]]:
-    _, log = cuda.compile_with_log(variant.source(), arch)
+    _, log = cuda_launch.compile_with_log(variant.source(), arch)
     return [
         {"variant": name, "bits": format_bits(variant.bits), "arch": arch, "kernel": kernel,
          "registers": int(registers), "spill_bytes": int(stores) + int(loads)}
@@ -68,7 +68,7 @@ def main() -> None:
     output = parser.parse_args().output
     rows = []
     for arch in ARCHITECTURES:
-        device = cuda._Device(0, arch, 132, 0, clusters=arch in ("sm_90a", "sm_100", "sm_120"))
+        device = cuda_launch.Device(0, arch, 132, 0, clusters=arch in ("sm_90a", "sm_100", "sm_120"))
         decode = {name: cuda._decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()}
         variants = decode | (HOPPER if arch == "sm_90a" else {})
         for name, variant in variants.items():

@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.report import document, write_json
 from tqw.weight import dequantize, quantize
 
@@ -89,7 +89,7 @@ def compile_all(variants: set[cuda.Variant], arch: str) -> None:
 
     def compiled(item: cuda.Variant) -> None:
         with suppress(TqwError):  # shares that are not whole
-            cuda.cubin(item, arch)
+            cuda_launch.cubin(item.source(), arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, variants))
@@ -112,7 +112,7 @@ def main() -> None:
     for shape in arguments.shapes:
         out_features, in_features = bench.parse_shape(shape)
         weights[shape] = quantize(torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=4))
-    rows, device = [], cuda._device(torch.cuda.current_device())
+    rows, device = [], cuda_launch.device_at(torch.cuda.current_device())
     items = [
         variant(kernel, chosen, cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
         for qw, tokens in itertools.product(weights.values(), arguments.tokens)

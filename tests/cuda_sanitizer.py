@@ -23,7 +23,7 @@ import torch
 
 from tqw import kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.weight import QuantizedWeight, quantize
 
 DECODE = [
@@ -60,7 +60,7 @@ def coarse(tokens: int, columns: int, warpgroups: int, split: int, apart: bool, 
     """Operands of 8 bits, the inputs divided so."""
     variant = partial(cuda._coarse_of, columns=columns, warpgroups=warpgroups, split=split, apart=apart)
     base = cuda._variant(qw := weight(264, 1152, bits), torch.bfloat16)
-    plan = cuda._middle_plan(variant(base), tokens, qw.out_features, cuda._device(torch.cuda.current_device()))
+    plan = cuda._middle_plan(variant(base), tokens, qw.out_features, cuda_launch.device_at(torch.cuda.current_device()))
     x = torch.randn(tokens, qw.in_features, device="cuda").bfloat16()
     y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device="cuda")
     cuda._Call(cuda._ready(qw, x), plan, tokens)(x, qw.in_features, y, None)

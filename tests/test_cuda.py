@@ -13,7 +13,7 @@ from conftest import replayed, tiny, token_ids
 
 from tqw import kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda
+from tqw.kernels import cuda, cuda_launch
 from tqw.model import quantize_model
 from tqw.weight import QuantizedWeight, dequantize, quantize
 
@@ -76,13 +76,13 @@ def poisoned(monkeypatch):
 
     def borrow(size, stream):
         address = original(size, stream)
-        cuda._checked(cuda._driver().cuMemsetD8Async(address, 255, size, stream), "cuMemsetD8Async")
+        cuda_launch.checked(cuda_launch.driver_module().cuMemsetD8Async(address, 255, size, stream), "cuMemsetD8Async")
         return address
 
-    original = cuda._borrow
+    original = cuda_launch.borrow
     monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
-    monkeypatch.setattr(cuda, "_borrow", borrow)
+    monkeypatch.setattr(cuda, "borrow", borrow)
 
 
 def needs_hopper() -> None:
@@ -286,7 +286,7 @@ def test_graph_capture_and_embedding():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_compiles_without_a_gpu(arch):
     variant = cuda.Variant((3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4, share=4)
-    cubin, log = cuda.compile_with_log(variant.source(), arch)
+    cubin, log = cuda_launch.compile_with_log(variant.source(), arch)
     assert cubin[:4] == b"\x7fELF"
     assert log.count("bytes spill stores") == 3
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
@@ -298,17 +298,17 @@ def test_compiles_without_a_gpu(arch):
     [(4096, 1, 1), (4096, 2, 2), (4096, 16, 2), (4096, 32, 1), (14336, 1, 1), (14336, 8, 2), (14336, 16, 1)],
 )
 def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens, planes):
-    device = cuda._Device(0, arch, 132, 232448, clusters)
+    device = cuda_launch.Device(0, arch, 132, 232448, clusters)
     base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda._decode_variant(base, tokens, 4096, device)
     assert clusters or variant.split == variant.cluster == 1
-    _, log = cuda.compile_with_log(variant.source(), arch)
+    _, log = cuda_launch.compile_with_log(variant.source(), arch)
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
 @pytest.mark.parametrize("tile", [32, 64, 128])
 def test_shares_of_a_cta_are_whole(tile):
-    device = cuda._Device(0, "sm_90a", 132, 232448, True)
+    device = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     for padded_in in range(tile, 1 << 15, tile):
         base = cuda.Variant((4,), padded_in, tile, tile, 128, True, True, 2)
         for tokens, out_features in ((1, 17), (1, 4096), (2, 4096), (4, 200), (16, 50000)):
@@ -327,12 +327,12 @@ def test_shares_of_a_cta_are_whole(tile):
 )
 @pytest.mark.parametrize("planes", [1, 2])
 def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
-    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda._middle_variant(base, tokens, 4096, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    _, log = cuda.compile_with_log(variant.source(), "sm_90a")
+    _, log = cuda_launch.compile_with_log(variant.source(), "sm_90a")
     assert " 0 bytes spill stores, 0 bytes spill loads" in log
     assert "wgmma" not in log, log  # the compiler says so where it has to serialise them
 
@@ -343,20 +343,20 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     [(4096, 4096, t) for t in (17, 64, 128, 256, 512)] + [(4096, 28672, t) for t in (192, 256)] + [(1152, 4096, 130)],
 )
 def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_features, tokens):
-    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((bits,), padded_in, group, 128, 128, True, True, 2, planes=1)
     variant = cuda._middle_variant(base, tokens, out_features, h100)
     assert variant is not None
     assert variant.coarse
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    _, log = cuda.compile_with_log(variant.source(), "sm_90a")
+    _, log = cuda_launch.compile_with_log(variant.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 3
     assert "wgmma" not in log, log
 
 
 def test_8_bits_only_where_they_cost_little():
     """Not for 5 bits, tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
-    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     assert cuda._takes_8_bits(base, h100)
     for change in ({"bits": (5,)}, {"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
@@ -368,7 +368,7 @@ def test_8_bits_only_where_they_cost_little():
 
 def test_expert_kernel_compiles_without_spills():
     base = cuda.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, split=2, share=8, experts=True)
-    _, log = cuda.compile_with_log(base.source(), "sm_90a")
+    _, log = cuda_launch.compile_with_log(base.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
@@ -377,18 +377,18 @@ def test_expert_kernel_compiles_without_spills():
     [((4,), pairs) for pairs in (40, 100, 200, 400, 600, 800, 1200, 2000)] + [((3,), 800), ((4, 4), 2000), ((6,), 200)],
 )
 def test_grouped_kernels_compile_without_spills(bits, pairs):
-    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     variant = cuda._grouped_variant(cuda.Variant(bits, 2048, 128, 128, 128, True, True, 2), pairs, 8, 2048, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    _, log = cuda.compile_with_log(variant.source(), "sm_90a")
+    _, log = cuda_launch.compile_with_log(variant.source(), "sm_90a")
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 4
     assert "wgmma" not in log, log
 
 
 @pytest.mark.parametrize(("padded_in", "choices", "count"), [(14336, 2, 8), (2048, 8, 128), (128, 1, 1)])
 def test_pairs_come_in_turns_that_fit(padded_in, choices, count):
-    h100 = cuda._Device(0, "sm_90a", 132, 232448, True)
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
     for tokens in (1, 100, 4096, 100_000):
         step = cuda._expert_tokens(base, tokens, choices, count, 4096, h100)
@@ -479,7 +479,7 @@ def test_hundreds_of_pairs_in_8_bits(poisoned, bits, group_size, out_features, i
     qw = stack(out_features, in_features, bits=bits, group_size=group_size)
     ids, x = skewed_ids(pairs // 2), torch.randn(pairs // 2, in_features).cuda().bfloat16()
     bias = torch.randn(5, out_features).cuda().bfloat16()
-    variant = cuda._grouped_variant(cuda._variant(qw[0], x.dtype), pairs, 5, out_features, cuda._device(0))
+    variant = cuda._grouped_variant(cuda._variant(qw[0], x.dtype), pairs, 5, out_features, cuda_launch.device_at(0))
     assert variant is not None
     assert variant.coarse
     check_pairs(kernels.experts(x, qw, ids, bias), x, qw, ids, bias)
@@ -507,7 +507,7 @@ def test_pairs_in_turns(poisoned, monkeypatch):
     qw, ids, x = stack(264, 512), skewed_ids(350), torch.randn(350, 512).cuda().half()
     cuda._expert_tokens.cache_clear()
     monkeypatch.setattr(cuda, "_PLANE_BYTES", 600 << 10)
-    base, device = cuda._variant(qw, x.dtype), cuda._device(x.device.index)
+    base, device = cuda._variant(qw, x.dtype), cuda_launch.device_at(x.device.index)
     assert cuda._expert_tokens(base, 350, 2, 5, 264, device) < 175
     y = kernels.experts(x, qw, ids)
     cuda._expert_tokens.cache_clear()

@@ -1,4 +1,4 @@
-"""CUDA backend: linear.cu, compiled at run time by NVRTC through cuda.bindings (both come with torch).
+"""CUDA backend: linear.cu and what is appended to it, compiled at run time (cuda_launch.py).
 
 Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens and more, on
 Hopper: the tensor cores' larger products (middle.cu). Where V must not be rounded to 8 bits, hundreds and more: y = x
@@ -16,16 +16,13 @@ Nothing here asks the GPU anything before the first call.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
-import threading
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module, resources
+from importlib import resources
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ from torch import Tensor
 from tqw.codebook import levels
 from tqw.errors import TqwError
 from tqw.kernels import gpu
+from tqw.kernels.cuda_launch import Device, Launch, borrow, device_at, enter, give_back, launch_all, load, resident
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -226,195 +224,10 @@ def _source(name: str) -> str:
     return resources.files("tqw.kernels").joinpath(name).read_text()
 
 
-# ------------------------------------------------------------------------------------------------ compile and cache
-
-
-def _checked(result: tuple[Any, ...], what: str) -> Any:
-    error, *values = result
-    if int(error) != 0:
-        raise TqwError(f"expected {what} to succeed, got {error!r}: try another backend, and report this with the GPU")
-    return values[0] if len(values) == 1 else values or None
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/tqw or ~/.cache/tqw."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqw"
-
-
-def compile_source(source: str, arch: str) -> bytes:
-    """CUDA C++ to a cubin. Needs no GPU. arch: for example "sm_90"."""
-    return compile_with_log(source, arch)[0]
-
-
-def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
-    """`compile_source`, and what the compiler says about registers and spills."""
-    nvrtc = import_module("cuda.bindings.nvrtc")
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], []), "nvrtcCreateProgram")
-    try:
-        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device", b"--ptxas-options=-v"]
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-        nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.decode().rstrip("\0")
-        if int(error) != 0:
-            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{text}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
-        return cubin, text
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-@contextmanager
-def _locked(path: Path):
-    """One compiling process at a time; where files cannot be locked, the atomic rename still keeps the cache whole."""
-    with open(path, "a") as file:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def cubin(variant: Variant | _Combine, arch: str) -> bytes:
-    """The compiled module, from the disk cache when it is there."""
-    nvrtc = import_module("cuda.bindings.nvrtc")
-    source = variant.source()
-    version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
-    key = hashlib.sha256(f"{arch} {version}\n{source}".encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.cubin"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            return path.read_bytes()
-        with _locked(path.with_suffix(".lock")):
-            with suppress(FileNotFoundError):
-                return path.read_bytes()
-            data = compile_source(source, arch)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_bytes(data)
-            temporary.replace(path)
-            return data
-    except OSError:  # a read-only or full disk costs only the cache
-        return compile_source(source, arch)
-
-
-@dataclass(frozen=True)
-class _Device:
-    index: int
-    arch: str
-    multiprocessors: int
-    shared_bytes: int
-    clusters: bool
-
-
-@lru_cache(maxsize=64)
-def _device(index: int) -> _Device:
-    properties = torch.cuda.get_device_properties(index)
-    major, minor = properties.major, properties.minor
-    return _Device(
-        index,
-        f"sm_{major}{minor}" + "a" * (major == 9),  # "a": wgmma
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        major >= 9,
-    )
-
-
-@lru_cache(maxsize=1)
-def _driver() -> Any:
-    return import_module("cuda.bindings.driver")
-
-
-_thread = threading.local()
-
-
-def _enter(index: int) -> None:
-    """A thread that has not yet used CUDA has no context: give it torch's, which the driver's functions need."""
-    if getattr(_thread, "entered", False):
-        return
-    driver = _driver()
-    if int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")) == 0:
-        device = _checked(driver.cuDeviceGet(index), "cuDeviceGet")
-        context = _checked(driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
-        _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
-    _thread.entered = True
-
-
 @lru_cache(maxsize=512)
-def _function(variant: Variant | _Combine, name: str, device: _Device) -> Any:
-    """The loaded kernel. Loading is allowed while another thread captures a graph."""
-    driver = _driver()
-    with torch.cuda.device(device.index):
-        _enter(device.index)
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        mode = _checked(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
-        try:
-            module = _checked(driver.cuModuleLoadData(cubin(variant, device.arch)), "cuModuleLoadData")
-            function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name in ("tqw_decode", "tqw_middle", "tqw_route"):
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
-        finally:
-            driver.cuThreadExchangeStreamCaptureMode(mode)
-    return function
-
-
-@lru_cache(maxsize=4096)
-def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream: int, overlap: bool) -> Any:
-    """The driver's description of a launch, made once: to make one takes longer than to launch."""
-    driver = _driver()
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared, stream
-    attributes = []
-    if overlap:
-        programmatic = driver.CUlaunchAttribute()
-        programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        programmatic.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(programmatic)
-    if split > 1:
-        cluster = driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = split, 1, 1
-        attributes.append(cluster)
-    config.attrs, config.numAttrs = attributes, len(attributes)
-    return config
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """One kernel and its grid, ready to go."""
-
-    function: Any
-    grid: tuple[int, int]
-    threads: int
-    shared: int
-    device: _Device
-    split: int = 1
-    configs: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # by stream
-
-    def __call__(self, arguments: int, stream: int) -> None:
-        """arguments: address of the address of its _Params."""
-        config = self.configs.get(stream)
-        if config is None:
-            config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
-            self.configs[stream] = config
-        result = _driver().cuLaunchKernelEx(config, self.function, arguments, 0)
-        if int(result[0]) != 0:
-            _checked(result, "cuLaunchKernelEx")
-
-
-def _launch(launches: tuple[_Launch, ...], params: ctypes.Structure, stream: int) -> None:
-    arguments = ctypes.c_void_p(ctypes.addressof(params))
-    for launch in launches:
-        launch(ctypes.addressof(arguments), stream)
-
-
-def _borrow(size: int, stream: int) -> int:
-    """Address of so many bytes from torch's allocator on the current device; a tensor of them takes 3 us longer."""
-    return torch._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+def _function(variant: Variant | _Combine, name: str, device: Device) -> Any:
+    """The loaded kernel."""
+    return load(variant.source(), name, device)
 
 
 # ---------------------------------------------------------------------------------------------------------- the op
@@ -478,7 +291,7 @@ class _Plan:
 
     plane_bytes: int
     scale_count: int
-    launches: tuple[_Launch, ...]
+    launches: tuple[Launch, ...]
     batch: int = 1
     blocks: int = 0  # of pairs of one expert, at most; 0: each pair on its own
     part_bytes: int = 0  # sums that CTAs leave for each other
@@ -512,12 +325,12 @@ def _turns(tiles: int, each: float, warps: int, share: int) -> float:
     return -(-each * share // warps) * (-(-tiles // share) * warps / 16 + 0.4)
 
 
-def _sizes(base: Variant, out: int, device: _Device) -> tuple[bool, bool]:
+def _sizes(base: Variant, out: int, device: Device) -> tuple[bool, bool]:
     """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
     return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
 
 
-def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
+def _decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
     """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
     many, wide = _sizes(base, out, device)
@@ -563,7 +376,7 @@ def _decode_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     )
 
 
-def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs: int = 1) -> _Plan | None:
+def _decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> _Plan | None:
     """The decode kernel for a few tokens; None: the transformed tokens do not fit.
 
     pairs: so many times one token, each with an expert of its own.
@@ -575,23 +388,23 @@ def _decode_plan(variant: Variant, tokens: int, out: int, device: _Device, pairs
         variant = replace(variant, ring=variant.ring - 1)
     cluster, function = max(variant.cluster, variant.split), _function(variant, "tqw_decode", device)
     sets = -(-out // 16 // (variant.warps // variant.share))
-    resident = max(1, _resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
-    across = min(-(-sets // cluster) * cluster if cluster > variant.split else sets, resident)  # CTAs or split CTAs
+    places = max(1, resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
+    across = min(-(-sets // cluster) * cluster if cluster > variant.split else sets, places)  # CTAs or split CTAs
     batches = range(min(8, -(-sets // across)), 0, -1)  # sets of strips for one barrier: the most that fit
     batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
     shared, ctas = variant.shared_bytes(tokens, batch), across * variant.split
     if ctas * pairs <= device.multiprocessors:
         shared = max(shared, _to_spread(ctas * pairs, device))
-    decode = _Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
+    decode = Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
     if variant.fused:
         return _Plan(0, 0, (decode,), batch)
     tiles, grid = variant.padded_in // variant.tile, (variant.transform_ctas(tokens), 1)
-    transform_x = _Launch(_function(variant, "tqw_transform", device), grid, 256, 0, device)
+    transform_x = Launch(_function(variant, "tqw_transform", device), grid, 256, 0, device)
     scales = tiles * variant.scale_pitch()
     return _Plan(variant.planes * tokens * variant.padded_in, scales, (transform_x, decode), batch)
 
 
-def _to_spread(ctas: int, device: _Device) -> int:
+def _to_spread(ctas: int, device: Device) -> int:
     """Dynamic shared memory with which no multiprocessor takes more CTAs than the even share of them.
 
     Without it some take two where one is the share, while others are held by the kernel before or not in a cluster's
@@ -600,18 +413,7 @@ def _to_spread(ctas: int, device: _Device) -> int:
     return (device.shared_bytes + 1024) // (share + 1)
 
 
-@lru_cache(maxsize=512)
-def _resident(function: Any, threads: int, cluster: int, device: _Device) -> int:
-    """Clusters that run at once, a CTA on a multiprocessor: not all multiprocessors can be grouped in clusters."""
-    if cluster == 1:
-        return device.multiprocessors
-    driver = _driver()
-    config = _config((cluster, 1), threads, device.shared_bytes, cluster, 0, False)
-    clusters = _checked(driver.cuOccupancyMaxActiveClusters(function, config), "cuOccupancyMaxActiveClusters")
-    return clusters
-
-
-def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant | None:
+def _middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
     """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
 
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
@@ -646,7 +448,7 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: _Device) -> Va
     )
 
 
-def _coarse_variant(base: Variant, tokens: int, out: int, device: _Device) -> Variant:
+def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
     """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
 
     The cost is in tiles of 64 rows, fitted to 15 shapes of 32 to 1,024 tokens on one H100."""
@@ -707,7 +509,7 @@ class _Division:
     cost: float  # in tiles of 64 rows on a multiprocessor that is full of warps
 
 
-def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _Device) -> _Division:
+def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: Device) -> _Division:
     """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
     tiles = base.padded_in // base.tile
     memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
@@ -730,7 +532,7 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: _
     return min(map(division, splits), key=lambda division: division.cost)
 
 
-def _of_each(ctas: int, cluster: int, device: _Device) -> int:
+def _of_each(ctas: int, cluster: int, device: Device) -> int:
     """CTAs that a multiprocessor takes. Clusters of more than two leave a tenth of the multiprocessors out: not every
     GPC has a multiple of them."""
     return int(-(-ctas // (device.multiprocessors * (1 if cluster <= 2 else 0.9))))
@@ -740,9 +542,9 @@ def _middle_plan(
     variant: Variant,
     tokens: int,
     out: int,
-    device: _Device,
+    device: Device,
     blocks: int = 0,
-    route: _Launch | None = None,
+    route: Launch | None = None,
     choices: int = 1,
 ) -> _Plan:
     """T(x) of `tokens` and the product; with `route`, which puts them in order, of pairs in at most so many blocks,
@@ -751,12 +553,12 @@ def _middle_plan(
     parts = variant.spread if variant.coarse else 1  # of the inputs, each with its own scales of T(x)
     function, threads = _function(variant, "tqw_spread", device), variant.spread_threads()
     grid = (tokens // (choices if variant.coarse else 1) * variant.spread, 1)
-    spread = _Launch(function, grid, threads, 0, device, variant.spread // parts)
+    spread = Launch(function, grid, threads, 0, device, variant.spread // parts)
     function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
     shared, cluster = variant.ring_bytes(), 1 if variant.apart else variant.split
     if route is None:  # how many blocks of pairs there are is not known
         shared = max(shared, _to_spread(rows * variant.split * cells, device))
-    product = _Launch(function, (rows * variant.split, cells), threads, shared, device, cluster)
+    product = Launch(function, (rows * variant.split, cells), threads, shared, device, cluster)
     shared_cells = rows * cells if variant.apart else 0
     sums = shared_cells * variant.split * 256 * variant.warpgroups * variant.columns
     launches = (route, spread, product) if route else (spread, product)
@@ -764,7 +566,7 @@ def _middle_plan(
     return _Plan(cells * variant.block_bytes(), scales, launches, blocks=blocks, part_bytes=sums, arrivals=shared_cells)
 
 
-def _takes_8_bits(base: Variant, device: _Device) -> bool:
+def _takes_8_bits(base: Variant, device: Device) -> bool:
     """Whether both operands may have 8 bits. One scale for a token is only for inputs without outliers: rotated."""
     if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
         return False
@@ -774,7 +576,7 @@ def _takes_8_bits(base: Variant, device: _Device) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: _Device) -> Variant | None:
+def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: Device) -> Variant | None:
     """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
     if pairs <= _GROUPED_PAIRS * count or not device.arch.startswith("sm_90") or base.tile != 128:
         return None
@@ -806,15 +608,15 @@ def _most_blocks(pairs: int, count: int, columns: int) -> int:
     return (pairs - chosen) // columns + chosen
 
 
-def _grouped_plan(variant: Variant, pairs: int, choices: int, count: int, out: int, device: _Device) -> _Plan:
+def _grouped_plan(variant: Variant, pairs: int, choices: int, count: int, out: int, device: Device) -> _Plan:
     blocks = _most_blocks(pairs, count, variant.columns)
     function, ctas = _function(variant, "tqw_route", device), 8 if pairs > 1024 else 1
-    route = _Launch(function, (ctas, 1), 1024, _route_bytes(count), device, ctas)
+    route = Launch(function, (ctas, 1), 1024, _route_bytes(count), device, ctas)
     return _middle_plan(variant, pairs, out, device, blocks, route, choices)
 
 
 @lru_cache(maxsize=4096)
-def _expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, device: _Device) -> _Plan | None:
+def _expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> _Plan | None:
     """The launches for all pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
     each pair reads its expert's codes. None: not even one token fits."""
     pairs = tokens * choices
@@ -825,7 +627,7 @@ def _expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int,
 
 
 @lru_cache(maxsize=4096)
-def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int, device: _Device) -> int:
+def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> int:
     """Tokens of one turn: the fewest turns that keep T(x) of blocks of pairs below _PLANE_BYTES."""
 
     def fits(step: int) -> bool:
@@ -840,7 +642,7 @@ def _expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: in
 
 
 @lru_cache(maxsize=4096)
-def _plan(base: Variant, tokens: int, out: int, device: _Device) -> _Plan | None:
+def _plan(base: Variant, tokens: int, out: int, device: Device) -> _Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
     _, wide = _sizes(base, out, device)
     if tokens <= (_WIDE_TOKENS if wide and _takes_8_bits(base, device) else _DECODE_TOKENS):
@@ -887,20 +689,20 @@ class _Call:
             params.ids = ids.data_ptr() + first * self.choices * ids.element_size()
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         if not self.scratch_bytes:
-            return _launch(self.launches, params, stream)
-        scratch = _borrow(self.scratch_bytes, stream)
+            return launch_all(self.launches, params, stream)
+        scratch = borrow(self.scratch_bytes, stream)
         try:
             for name, place in self.places.items():
                 setattr(params, name, scratch + place)
-            _launch(self.launches, params, stream)
-        finally:  # whoever gets this memory next uses it on the same stream, and so later
-            torch._C._cuda_cudaCachingAllocator_raw_delete(scratch)
+            launch_all(self.launches, params, stream)
+        finally:
+            give_back(scratch)
 
 
 class _Ready:
     """What all calls on one weight share: the parameters that it decides, and a call for each number of tokens."""
 
-    def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: _Device) -> None:
+    def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: Device) -> None:
         self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
         self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
         self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
@@ -908,7 +710,7 @@ class _Ready:
         self.vectors = self.params.channel % 8 == 0 and (in_features % 8 == 0 or in_features >= self.padded)
         self.calls: dict[tuple[int, int], _Call | None] = {}  # by tokens and choices
         self.turns: dict[tuple[int, int], tuple[int, int]] = {}
-        self.dequantize: dict[int, _Launch] = {}  # by rows
+        self.dequantize: dict[int, Launch] = {}  # by rows
 
     def call(self, tokens: int, choices: int = 0) -> _Call | None:
         """None: no kernel takes so many at once. choices: experts of each token, of a stacked weight."""
@@ -947,21 +749,21 @@ def _key(qw: QuantizedWeight, x: Tensor) -> tuple:
 
 def _ready(qw: QuantizedWeight, x: Tensor) -> _Ready:
     """The prepared weight."""
-    _enter(x.device.index)
+    enter(x.device.index)
     key = _key(qw, x)
     ready = _READY.get(key)
     if ready is None:
         if len(_READY) >= 8192:
             _READY.clear()
-        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[-1], _device(x.device.index))
+        ready = _READY[key] = _Ready(qw, x.dtype, x.shape[-1], device_at(x.device.index))
     return ready
 
 
 @lru_cache(maxsize=4096)
-def _dequantize_launch(variant: Variant, rows: int, device: _Device) -> _Launch:
+def _dequantize_launch(variant: Variant, rows: int, device: Device) -> Launch:
     across = -(-variant.padded_in // variant.block // 4)
     down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
-    return _Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
+    return Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
 
 
 def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor | None = None) -> None:
@@ -972,7 +774,7 @@ def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor |
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
     if rows not in ready.dequantize:
         ready.dequantize[rows] = _dequantize_launch(ready.dense, rows, ready.device)
-    _launch((ready.dequantize[rows],), params, torch._C._cuda_getCurrentRawStream(out.get_device()))
+    launch_all((ready.dequantize[rows],), params, torch._C._cuda_getCurrentRawStream(out.get_device()))
 
 
 def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
@@ -1053,7 +855,7 @@ def linear_again(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor 
     ready = _READY.get(_key(qw, x))
     if ready is None or ready.params.experts or qw.rotation == "qr":
         return None
-    _enter(x.get_device())
+    enter(x.get_device())
     with _on(x):
         return _product(x, ready, bias)
 
@@ -1115,10 +917,10 @@ def _supports_stack(x: Tensor, qw: QuantizedWeight) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _combine_launch(variant: _Combine, tokens: int, out: int, device: _Device) -> _Launch:
+def _combine_launch(variant: _Combine, tokens: int, out: int, device: Device) -> Launch:
     of_thread = 1 if not variant.wide else 8 if variant.y_type else 4
     grid = -(-out // (128 * of_thread)), tokens
-    return _Launch(_function(variant, "tqw_combine", device), grid, 128, 0, device)
+    return Launch(_function(variant, "tqw_combine", device), grid, 128, 0, device)
 
 
 def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
@@ -1136,12 +938,12 @@ def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor
     wide = out * y.element_size() % 16 == 0 and params.pairs % 16 == 0 and params.y % 16 == 0
     index = pairs.get_device()
     with _on(pairs):
-        _enter(index)
+        enter(index)
         variant = _Combine(_TYPES[y.dtype], _TYPES[weights.dtype], wide)
         stream = torch._C._cuda_getCurrentRawStream(index)
         for first in range(0, tokens, _MOST_GRID):
             rows = min(_MOST_GRID, tokens - first)
-            _launch((_combine_launch(variant, rows, out, _device(index)),), params, stream)
+            launch_all((_combine_launch(variant, rows, out, device_at(index)),), params, stream)
             params.pairs += rows * choices * out * y.element_size()
             params.weights += rows * choices * weights.element_size()
             params.ids += rows * choices * 8

@@ -1,0 +1,190 @@
+"""What the CUDA backend asks of the driver, one that only takes notes: on any machine, with tensors on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tqw.config import QuantConfig
+from tqw.kernels import cuda, cuda_launch
+from tqw.weight import quantize
+
+SCRATCH = 1 << 40  # address of all borrowed memory
+
+
+class Driver:
+    """The functions of cuda.bindings.driver that the backend uses."""
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4
+    )
+    CUlaunchConfig = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, Any]] = []  # kernel, configuration, parameters
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {"cuOccupancyMaxActiveClusters": 60, "cuModuleLoadData": "module"}
+        return lambda *_: (0, answers.get(name, 1))
+
+    def CUlaunchAttribute(self) -> Any:
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, str]:
+        return 0, name.decode()
+
+    def cuLaunchKernelEx(self, config: Any, function: str, arguments: int, extra: int) -> tuple[int]:
+        kind = cuda._CombineParams if function == "tqw_combine" else cuda._Params
+        address = ctypes.c_void_p.from_address(arguments).value
+        assert address is not None
+        self.calls.append((function.removeprefix("tqw_"), config, kind.from_buffer_copy(kind.from_address(address))))
+        return (extra,)
+
+    def taken(self) -> list[tuple[str, Any, Any]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """An H100 that notes what it is asked for."""
+    noted = Driver()
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 227 << 10, True)
+    for name, value in {"driver_module": lambda: noted, "cubin": lambda source, arch: source.encode()}.items():
+        monkeypatch.setattr(cuda_launch, name, value)
+    for name, value in {
+        "device_at": lambda index: h100, "enter": lambda index: None,
+        "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's get_device says
+    monkeypatch.setattr(torch.cuda, "device", lambda device: cuda._NOTHING)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 3, raising=False)
+
+    def forget() -> None:
+        cuda._READY.clear()
+        for cached in (
+            cuda._plan, cuda._function, cuda._expert_plan, cuda._expert_tokens, cuda._dequantize_launch,
+            cuda._combine_launch, cuda_launch.resident, cuda_launch._config,
+        ):  # fmt: skip
+            cached.cache_clear()
+
+    forget()
+    yield noted
+    forget()
+
+
+def names(calls: list[tuple[str, Any, Any]]) -> list[str]:
+    return [name for name, _, _ in calls]
+
+
+def expected(x: Tensor, y: Tensor, params: Any, first: int = 0) -> bool:
+    """Whether the parameters name row `first` of x and of y."""
+    row = x.shape[-1] * x.element_size()
+    return params.x == x.data_ptr() + first * row and params.y == y.data_ptr() + first * y.shape[-1] * y.element_size()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernels"),
+    [(0, []), (1, ["decode"]), (5, ["transform", "decode"]), (40, ["spread", "middle"]), (2000, ["spread", "middle"])],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_of_a_call(driver, tokens, kernels, dtype):
+    qw, bias = quantize(torch.randn(1536, 2048) * 0.05, QuantConfig()), torch.randn(1536).to(dtype)
+    for x in (torch.randn(tokens, 2048).to(dtype), torch.randn(1, tokens, 2048).to(dtype)):
+        for call in (cuda.linear, cuda.linear_again):
+            y, calls = call(x, qw, bias), driver.taken()
+            assert y is not None
+            assert (y.shape, y.dtype) == ((*x.shape[:-1], 1536), dtype)
+            assert names(calls) == kernels
+            for _, config, params in calls:
+                assert expected(x, y, params)
+                assert (params.bias, params.tokens, params.x_stride, params.vectors) == (
+                    bias.data_ptr(),
+                    tokens,
+                    2048,
+                    1,
+                )
+                assert config.hStream == 3
+                if len(kernels) == 2:
+                    assert params.planes == SCRATCH < params.plane_scale
+
+
+def test_rows_far_apart_are_not_copied_and_columns_are(driver):
+    qw, wide = quantize(torch.randn(64, 512), QuantConfig()), torch.randn(3, 1024).bfloat16()
+    cuda.linear(wide[:, 100:612], qw, None)
+    for _, _, params in driver.taken():
+        assert (params.x, params.x_stride, params.vectors) == (wide.data_ptr() + 200, 1024, 0)
+    columns = torch.randn(512, 3).bfloat16().T
+    cuda.linear(columns, qw, None)
+    for _, _, params in driver.taken():
+        assert params.x != columns.data_ptr()
+        assert params.x_stride == 512
+
+
+def test_many_tokens_in_turns_follow_each_other(driver, monkeypatch):
+    monkeypatch.setattr(cuda, "_COARSE_BYTES", 1 << 20)
+    qw, x = quantize(torch.randn(3080, 1024) * 0.05, QuantConfig()), torch.randn(2500, 1024).bfloat16()
+    y, calls = cuda.linear(x, qw, None), driver.taken()
+    assert names(calls) == ["spread", "middle"] * 3
+    assert all(
+        expected(x, y, params, first) for first, (_, _, params) in zip((0, 0, 834, 834, 1668, 1668), calls, strict=True)
+    )
+    assert [params.tokens for _, _, params in calls] == [834, 834, 834, 834, 832, 832]
+
+
+def test_only_what_was_prepared_is_taken_again(driver):
+    qw, x = quantize(torch.randn(64, 512), QuantConfig()), torch.randn(3, 512).bfloat16()
+    assert cuda.linear_again(x, qw, None) is None
+    cuda.linear(x, qw, None)
+    assert cuda.linear_again(x, qw, None) is not None
+    assert cuda.linear_again(x.half(), qw, None) is None
+    qw.packed[0].data = qw.packed[0].clone()
+    assert cuda.linear_again(x, qw, None) is None
+    qr = quantize(torch.randn(64, 512), QuantConfig(rotation="qr"))
+    assert cuda.linear(x, qr, None).shape == (3, 64)
+    assert cuda.linear_again(x, qr, None) is None
+    stack = quantize(torch.randn(5, 64, 512), QuantConfig())
+    cuda.experts(x, stack, torch.zeros(3, 2, dtype=torch.int64))
+    assert cuda.linear_again(x, stack, None) is None
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(1, ["decode"]), (40, ["route", "spread", "middle"])])
+def test_kernels_of_a_mixture(driver, tokens, kernels):
+    stack, x = quantize(torch.randn(5, 256, 512), QuantConfig()), torch.randn(tokens, 512).bfloat16()
+    ids, weights = torch.randint(-1, 6, (tokens, 2)), torch.rand(tokens, 2)
+    for _ in range(2):
+        y, calls = cuda.experts(x, stack, ids), driver.taken()
+        assert names(calls) == kernels
+        for _, _, params in calls:
+            assert (params.x, params.y, params.ids) == (x.data_ptr(), y.data_ptr(), ids.data_ptr())
+            assert (params.choices, params.experts) == (2, 5)
+            assert params.tokens == (2 * tokens if len(kernels) > 1 else 1)
+    total, calls = cuda.combine(y, weights, ids, 5), driver.taken()
+    assert names(calls) == ["combine"]
+    _, config, params = calls[0]
+    assert (params.pairs, params.y, params.out) == (y.data_ptr(), total.data_ptr(), 256)
+    assert (config.gridDimX, config.gridDimY) == (1, tokens)
+
+
+def test_turns_of_pairs_and_of_their_sum_follow_each_other(driver, monkeypatch):
+    monkeypatch.setattr(cuda, "_PLANE_BYTES", 600 << 10)
+    monkeypatch.setattr(cuda, "_MOST_GRID", 100)
+    stack, x = quantize(torch.randn(5, 264, 512), QuantConfig()), torch.randn(350, 512).bfloat16()
+    ids, weights = torch.randint(0, 5, (350, 2)), torch.rand(350, 2)
+    y, calls = cuda.experts(x, stack, ids), driver.taken()
+    first = [(params.x - x.data_ptr()) // 1024 for name, _, params in calls if name == "middle"]
+    assert len(first) > 1
+    assert [(params.y - y.data_ptr()) // (4 * 264) for name, _, params in calls if name == "middle"] == first
+    assert [(params.ids - ids.data_ptr()) // 16 for name, _, params in calls if name == "middle"] == first
+    cuda.combine(y, weights, ids, 5)
+    calls = driver.taken()
+    assert [config.gridDimY for _, config, _ in calls] == [100, 100, 100, 50]
+    assert [(params.weights - weights.data_ptr()) // 8 for _, _, params in calls] == [0, 100, 200, 300]
