@@ -188,3 +188,13 @@ def test_turns_of_pairs_and_of_their_sum_follow_each_other(driver, monkeypatch):
     calls = driver.taken()
     assert [config.gridDimY for _, config, _ in calls] == [100, 100, 100, 50]
     assert [(params.weights - weights.data_ptr()) // 8 for _, _, params in calls] == [0, 100, 200, 300]
+
+
+def test_calls_of_many_lengths_are_not_all_kept(driver, monkeypatch):
+    monkeypatch.setattr(cuda, "_KEPT_CALLS", 3)
+    qw = quantize(torch.randn(64, 512), QuantConfig())
+    for tokens in range(1, 10):
+        x = torch.randn(tokens, 512).bfloat16()
+        cuda.linear(x, qw, None)
+        assert len(cuda._ready(qw, x).calls) <= 3
+    assert all(params.tokens == tokens for _, _, params in driver.taken()[-1:])

@@ -51,6 +51,7 @@ _SLICE_BYTES = (
 _PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, each expert's product comes cheaper
 _GROUPED_PAIRS = 1.5  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
+_KEPT_CALLS = 64  # numbers of tokens that a weight remembers
 _MOST_GRID = (1 << 16) - 1  # CTAs of a grid but in its first direction
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 
@@ -708,31 +709,39 @@ class _Ready:
         self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
         self.size = dtype.itemsize
         self.vectors = self.params.channel % 8 == 0 and (in_features % 8 == 0 or in_features >= self.padded)
-        self.calls: dict[tuple[int, int], _Call | None] = {}  # by tokens and choices
+        self.calls: dict[tuple[int, int], tuple[_Call | None]] = {}  # by tokens and choices
         self.turns: dict[tuple[int, int], tuple[int, int]] = {}
         self.dequantize: dict[int, Launch] = {}  # by rows
 
     def call(self, tokens: int, choices: int = 0) -> _Call | None:
         """None: no kernel takes so many at once. choices: experts of each token, of a stacked weight."""
-        if (tokens, choices) not in self.calls:
-            if choices:
-                plan = _expert_plan(self.base, tokens, choices, self.params.experts, self.out, self.device)
-            else:
-                plan = _plan(self.base, tokens, self.out, self.device)
-            self.calls[tokens, choices] = None if plan is None else _Call(self, plan, tokens, choices)
-        return self.calls[tokens, choices]
+        kept = self.calls.get((tokens, choices))
+        if kept is not None:
+            return kept[0]
+        if choices:
+            plan = _expert_plan(self.base, tokens, choices, self.params.experts, self.out, self.device)
+        else:
+            plan = _plan(self.base, tokens, self.out, self.device)
+        call = None if plan is None else _Call(self, plan, tokens, choices)
+        if len(self.calls) >= _KEPT_CALLS:
+            self.calls.clear()
+        self.calls[tokens, choices] = (call,)
+        return call
 
     def turn(self, tokens: int, choices: int) -> tuple[int, int]:
         """Of tokens with `choices` experts each: up to how many pairs a product for each expert is slower, and how
         many tokens are computed at once."""
-        if (tokens, choices) not in self.turns:
-            of = self.base, tokens * choices, self.params.experts, self.out, self.device
-            each, most = (
-                (_PAIRS_PER_EXPERT, math.inf) if _grouped_variant(*of) is None else (_MIDDLE_TOKENS, _MOST_PAIRS)
-            )
-            step = _expert_tokens(self.base, tokens, choices, self.params.experts, self.out, self.device)
-            self.turns[tokens, choices] = int(min(each * self.params.experts, most)), step
-        return self.turns[tokens, choices]
+        kept = self.turns.get((tokens, choices))
+        if kept is not None:
+            return kept
+        count = self.params.experts
+        grouped = _grouped_variant(self.base, tokens * choices, count, self.out, self.device) is not None
+        most = min(_MIDDLE_TOKENS * count, _MOST_PAIRS) if grouped else _PAIRS_PER_EXPERT * count
+        turn = most, _expert_tokens(self.base, tokens, choices, count, self.out, self.device)
+        if len(self.turns) >= _KEPT_CALLS:
+            self.turns.clear()
+        self.turns[tokens, choices] = turn
+        return turn
 
 
 _READY: dict[tuple, _Ready] = {}
