@@ -145,6 +145,9 @@ def test_joined_weights_stay_what_they_were(bits):
     assert not joined.holds(weights)
     moved = copy.deepcopy(model)
     assert not joined.holds([moved.q_proj.quantized_weight, *weights[1:]])
+    with torch.inference_mode():  # a tensor without a version
+        moved = copy.deepcopy(model)
+    assert not joined.holds([weights[0], moved.k_proj.quantized_weight, weights[2]])
 
 
 def test_weights_that_differ_are_not_joined():

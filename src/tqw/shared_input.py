@@ -55,7 +55,8 @@ def _stacked(qw: QuantizedWeight) -> tuple[Tensor, ...]:
 def _state(weights: Sequence[QuantizedWeight]) -> list[int]:
     """Where the tensors of the weights are, and the versions of their channel scales."""
     tensors = [tensor for qw in weights for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale)]
-    return [*map(Tensor.data_ptr, tensors), *[qw.channel_scale[0]._version for qw in weights]]
+    scales = [qw.channel_scale[0] for qw in weights]
+    return [*map(Tensor.data_ptr, tensors), *[-1 if scale.is_inference() else scale._version for scale in scales]]
 
 
 @torch.no_grad()
