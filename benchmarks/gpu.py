@@ -97,17 +97,24 @@ def graph_microseconds(calls: Sequence[Callable[[], Tensor]], x: Tensor, dense: 
     return bench.graph_microseconds({"method": calls, "torch_bfloat16": bench.cold_dense_calls(x, dense)})["method"]
 
 
+def row_of(
+    method: str, shape: str, tokens: int, bits: str, microseconds: float, nbytes: float, error: float
+) -> dict[str, Any]:
+    """nbytes: of the weight as it is read."""
+    return {
+        "device": "cuda", "shape": shape, "tokens": tokens, "method": method, "bits": bits,
+        "microseconds": microseconds, "packed_gigabytes_per_second": nbytes / microseconds / 1e3,
+        "relative_error": error,
+    }  # fmt: skip
+
+
 def own_row(method: str, qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
     """Our op, as it is set up now."""
     x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
     error = bench.checked_error(method, kernels.linear(x, qw), functional.linear(x.double(), dense.double()), 0.02)
     microseconds = graph_microseconds([lambda w=w: kernels.linear(x, w) for w in bench.cold_weights(qw)], x, dense)
     say(f"{method} {microseconds:.1f}", shape, tokens)
-    return {
-        "device": "cuda", "shape": shape, "tokens": tokens, "method": method, "bits": "4",
-        "microseconds": microseconds, "packed_gigabytes_per_second": qw.nbytes() / microseconds / 1e3,
-        "relative_error": error,
-    }  # fmt: skip
+    return row_of(method, shape, tokens, "4", microseconds, qw.nbytes(), error)
 
 
 def exact_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
@@ -128,11 +135,7 @@ def int8_row(dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
     copies = [weight.clone() for _ in range(bench.copies_to_be_cold(weight.nbytes))]
     microseconds = graph_microseconds([lambda w=w: torch._int_mm(x8, w.T) for w in copies], x, dense)
     say(f"torch_int8 {microseconds:.1f}", shape, tokens)
-    return {
-        "device": "cuda", "shape": shape, "tokens": tokens, "method": "torch_int8", "bits": "8",
-        "microseconds": microseconds, "packed_gigabytes_per_second": weight.nbytes / microseconds / 1e3,
-        "relative_error": error,
-    }  # fmt: skip
+    return row_of("torch_int8", shape, tokens, "8", microseconds, weight.nbytes, error)
 
 
 def group_rows(weight: Tensor, group: int, shape: str) -> Iterator[dict[str, Any]]:
@@ -157,11 +160,8 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
         x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=dense.dtype)
         error = bench.checked_error(prepare.__name__, calls[0](x), functional.linear(x.double(), dense.double()), 0.15)
         microseconds = graph_microseconds([lambda c=c, x=x: c(x) for c in calls], x, dense)
-        yield {
-            "device": "cuda", "shape": shape, "tokens": tokens, "method": prepare.__name__, "bits": "4",
-            "microseconds": microseconds, "packed_gigabytes_per_second": packed_bytes / microseconds / 1e3,
-            "relative_error": error, "eager_microseconds": bench.eager_microseconds(lambda x=x: calls[0](x)),
-        }  # fmt: skip
+        row = row_of(prepare.__name__, shape, tokens, "4", microseconds, packed_bytes, error)
+        yield row | {"eager_microseconds": bench.eager_microseconds(lambda x=x: calls[0](x))}
 
 
 def compile_all(shapes: Sequence[str]) -> None:
@@ -171,7 +171,11 @@ def compile_all(shapes: Sequence[str]) -> None:
     def plan(shape: str, tokens: int, group: int) -> None:
         config = QuantConfig(bits=4, group_size=group)
         qw = empty_weight(bench.parse_shape(shape), config, torch.device("meta"))
-        cuda._plan(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
+        base, out = cuda._variant(qw, torch.bfloat16), qw.out_features
+        if tokens >= cuda._PROMPT_TOKENS and cuda._is_prompt(base, tokens, out, device):
+            cuda._prompt_launches(base, tokens, out, out, device)
+        else:
+            cuda._plan(base, tokens, out, device)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(plan, *zip(*product(shapes, TOKENS, (GROUP, *OTHER_GROUPS)), strict=True)))

@@ -264,15 +264,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_experts.json"))
     output = parser.parse_args().output
     compile_all()
+    layers = [p for p in PROJECTIONS if p.projection == "gate_up"]
     rows = []
-    for p in PROJECTIONS:
-        rows += measure(p)
-        result = document(rows, shapes=[asdict(p) for p in PROJECTIONS])
-        write_json(output, result)
-    for p in PROJECTIONS:
-        if p.projection == "gate_up":
-            rows += measure_layer(p)
-            write_json(output, document(rows, shapes=[asdict(p) for p in PROJECTIONS]))
+    for measured in (*map(measure, PROJECTIONS), *map(measure_layer, layers)):
+        rows += measured
+        write_json(output, document(rows, shapes=[asdict(p) for p in PROJECTIONS]))
 
 
 if __name__ == "__main__":

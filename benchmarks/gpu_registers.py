@@ -42,6 +42,8 @@ HOPPER = {
     "256 tokens, 8 bits": replace(COARSE, columns=256, warpgroups=2),
     "256 tokens, 3 bits, 8 bits": replace(COARSE, bits=(3,), columns=256, warpgroups=2),
     "experts, 256 pairs each, 8 bits": replace(COARSE, experts=True, columns=256, warpgroups=2),
+    "prompts, 8 bits": cuda._prompt_variant(BASE),
+    "prompts of 14336 inputs, 3 bits, 8 bits": cuda._prompt_variant(replace(BASE, bits=(3,), padded_in=14336)),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),

@@ -66,6 +66,13 @@ def coarse(tokens: int, columns: int, warpgroups: int, split: int, apart: bool, 
     cuda._Call(cuda._ready(qw, x), plan, tokens)(x, qw.in_features, y, None)
 
 
+def prompt(out_features: int, in_features: int, tokens: int, bits: str = "4", group_size: int = 128) -> None:
+    """As long prompts of large layers are."""
+    x = torch.randn(tokens, in_features, device="cuda").bfloat16()
+    qw, y = weight(out_features, in_features, bits, group_size=group_size), x.new_empty(tokens, out_features)
+    cuda._Prompt(cuda._ready(qw, x), tokens)(x, in_features, y, None)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (out_features, in_features), tokens in product(DECODE, TOKENS):
         kind = "wide" if in_features > 8192 else "few" if tokens <= 2 else "several"
@@ -88,6 +95,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield "coarse", partial(coarse, tokens, columns, warpgroups, split, apart)
     for bits in ("2", "3"):
         yield "coarse", partial(coarse, 40, 64, 1, 2, False, bits)
+    for out_features, in_features, tokens in ((40, 512, 17), (523, 1152, 300), (1300, 1024, 1100)):
+        yield "prompt", partial(prompt, out_features, in_features, tokens)
+    for bits, group_size in (("2", 32), ("3", 64)):
+        yield "prompt", partial(prompt, 264, 640, 140, bits, group_size)
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")
     for tokens, bits in ((200, "4+4"), (700, "4")):

@@ -63,6 +63,14 @@ def check(
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+def check_nan(x: torch.Tensor, qw: QuantizedWeight) -> None:
+    """A token with a NaN or an infinity has only NaN outputs, the others are as they were."""
+    x[1, 5], x[2, 6] = float("nan"), float("inf")
+    y = kernels.linear(x, qw, backend="cuda")
+    assert y[1:3].isnan().all()
+    assert y[3:].isfinite().all()
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is asked for comes full of NaN: what a kernel leaves out, or reads before it is written, shows."""
@@ -146,10 +154,7 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
     for tokens, dtype in product((17, 33, 70, 128), (torch.float16, torch.bfloat16)):
         x, bias = torch.randn(tokens, in_features).cuda().to(dtype), torch.randn(out_features).cuda().to(dtype)
         check(kernels.linear(x, qw, bias, backend="cuda"), x, qw, bias)
-    x[1, 5], x[2, 6] = float("nan"), float("inf")
-    y = kernels.linear(x, qw, backend="cuda")
-    assert y[1:3].isnan().all()
-    assert y[3:].isfinite().all()
+    check_nan(x, qw)
 
 
 @pytest.mark.gpu
@@ -173,10 +178,7 @@ def test_hundreds_of_tokens_in_8_bits(
         y = kernels.linear(x, qw, bias, backend="cuda")
         check(y, x, qw, bias)
         assert (y.double() - x.double() @ dequantize(qw).double().T - bias.double()).norm() < 0.02 * y.double().norm()
-    x[1, 5], x[2, 6] = float("nan"), float("inf")
-    y = kernels.linear(x, qw, backend="cuda")
-    assert y[1:3].isnan().all()
-    assert y[3:].isfinite().all()
+    check_nan(x, qw)
 
 
 @pytest.mark.gpu
@@ -202,14 +204,72 @@ def test_parts_of_the_inputs_in_8_bits(poisoned, fresh_plans, monkeypatch, split
             assert torch.equal(kernels.linear(x, qw, bias, backend="cuda"), y)
 
 
+@pytest.fixture
+def prompts(monkeypatch, fresh_plans) -> None:
+    """Any number of tokens as long prompts of large layers are."""
+    needs_hopper()
+    for name in ("_PROMPT_TOKENS", "_PROMPT_PRODUCTS", "_SMALL_WEIGHTS"):
+        monkeypatch.setattr(cuda, name, 0)
+
+
 @pytest.mark.gpu
 @needs_gpu
-def test_thousands_of_tokens_in_turns(poisoned, fresh_plans, monkeypatch):
-    needs_hopper()
-    monkeypatch.setattr(cuda, "_COARSE_BYTES", 1 << 20)
+@pytest.mark.parametrize("bits", ["2", "3", "4"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "tokens"),
+    [(1, 512, 1), (17, 640, 130), (264, 1152, 257), (1030, 2048, 700), (523, 20480, 150), (4100, 512, 3000)],
+)
+def test_prompts(poisoned, prompts, bits, group_size, out_features, in_features, tokens):
+    """Rows and tokens that end within a block, few inputs, inputs that are read twice, outputs at any address."""
+    qw = make(out_features, in_features, bits=bits, group_size=group_size)
+    for dtype in (torch.float16, torch.bfloat16):
+        x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
+        assert cuda._ready(qw, x.contiguous()).prompt(tokens) is not None
+        y = kernels.linear(x, qw, bias, backend="cuda")
+        check(y, x, qw, bias, eight=True)
+        for _ in range(5):
+            assert torch.equal(kernels.linear(x, qw, bias, backend="cuda"), y)
+    if tokens > 3:
+        check_nan(x, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_prompts_in_turns_and_rows_in_slices(poisoned, prompts, monkeypatch):
+    monkeypatch.setattr(cuda, "_PROMPT_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda, "_ROWS_BYTES", 1 << 20)
     qw, x = make(3080, 1024), torch.randn(2500, 1024).cuda().bfloat16()
-    assert cuda._chunk(cuda._ready(qw, x), 2500) == 834
-    check(kernels.linear(x, qw, backend="cuda"), x, qw)
+    prompt = cuda._ready(qw, x).prompt(2500)
+    assert prompt is not None
+    assert [len(prompt.turns), len(prompt.slices)] == [3, 4]
+    check(kernels.linear(x, qw, backend="cuda"), x, qw, eight=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_prompts_on_two_streams_at_once():
+    """Neither kernel has all its CTAs on the GPU while both run: none may wait for one that is not."""
+    needs_hopper()
+    qw, inputs = make(4096, 4096), [torch.randn(2304, 4096).cuda().bfloat16() for _ in range(2)]
+    expected = [kernels.linear(x, qw, backend="cuda") for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for stream, x, result in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(kernels.linear(x, qw, backend="cuda"))
+    torch.cuda.synchronize()
+    for result, y in zip(results, expected, strict=True):
+        assert all(torch.equal(one, y) for one in result)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_prompt_in_a_graph(prompts):
+    qw, x = make(520, 1024), torch.randn(300, 1024).cuda().bfloat16()
+    check(replayed(lambda x: kernels.linear(x, qw), x), x, qw, eight=True)
 
 
 @pytest.mark.gpu
@@ -354,6 +414,26 @@ def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_fe
     assert "wgmma" not in log, log
 
 
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 1152)])
+@pytest.mark.parametrize("padded_in", [512, 1152, 14336])
+def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
+    base = cuda.Variant((bits,), padded_in, min(group, padded_in), 128, 128, True, True, 2, planes=1)
+    variant = cuda._prompt_variant(base)
+    assert variant.prompt_bytes() <= 232448
+    _, log = cuda_launch.compile_with_log(variant.source(), "sm_90a")
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == 3
+    assert "wgmma" not in log, log
+
+
+def test_prompts_are_many_tokens_of_large_layers():
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
+    base = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+    asked = ((1024, 4096), (2048, 4096), (2049, 4096), (1024, 28672), (1 << 15, 512), (1 << 15, 1024))
+    assert [cuda._is_prompt(base, *each, h100) for each in asked] == [False, False, True, True, False, True]
+    assert not cuda._is_prompt(replace(base, planes=2), 4096, 4096, h100)
+    assert not cuda._is_prompt(base, 4096, 4096, replace(h100, arch="sm_100"))
+
+
 def test_8_bits_only_where_they_cost_little():
     """Not for 5 bits, tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
@@ -362,8 +442,7 @@ def test_8_bits_only_where_they_cost_little():
     for change in ({"bits": (5,)}, {"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
         assert not cuda._takes_8_bits(replace(base, **change), h100)
     assert not cuda._takes_8_bits(base, replace(h100, arch="sm_100"))
-    for tokens, out_features in ((512, 512), (1 << 20, 4096)):
-        assert cuda._middle_variant(base, tokens, out_features, h100) is None
+    assert cuda._middle_variant(base, 512, 512, h100) is None
 
 
 def test_expert_kernel_compiles_without_spills():

@@ -72,7 +72,7 @@ def driver(monkeypatch):
         cuda._READY.clear()
         for cached in (
             cuda._plan, cuda._function, cuda._expert_plan, cuda._expert_tokens, cuda._dequantize_launch,
-            cuda._combine_launch, cuda_launch.resident, cuda_launch._config,
+            cuda._combine_launch, cuda._prompt_launches, cuda_launch.resident,
         ):  # fmt: skip
             cached.cache_clear()
 
@@ -129,15 +129,33 @@ def test_rows_far_apart_are_not_copied_and_columns_are(driver):
         assert params.x_stride == 512
 
 
-def test_many_tokens_in_turns_follow_each_other(driver, monkeypatch):
-    monkeypatch.setattr(cuda, "_COARSE_BYTES", 1 << 20)
+def test_turns_and_slices_of_a_prompt_follow_each_other(driver, monkeypatch):
+    for name, value in {"_PROMPT_PRODUCTS": 0, "_PROMPT_BYTES": 1 << 20, "_ROWS_BYTES": 2 << 20}.items():
+        monkeypatch.setattr(cuda, name, value)
     qw, x = quantize(torch.randn(3080, 1024) * 0.05, QuantConfig()), torch.randn(2500, 1024).bfloat16()
-    y, calls = cuda.linear(x, qw, None), driver.taken()
-    assert names(calls) == ["spread", "middle"] * 3
-    assert all(
-        expected(x, y, params, first) for first, (_, _, params) in zip((0, 0, 834, 834, 1668, 1668), calls, strict=True)
-    )
-    assert [params.tokens for _, _, params in calls] == [834, 834, 834, 834, 832, 832]
+    bias = torch.randn(3080).bfloat16()
+    y, calls = cuda.linear(x, qw, bias), driver.taken()
+    assert names(calls) == ["spread", "prompt", "prompt"] * 3
+    firsts = [first for first in (0, 896, 1792) for _ in range(3)]
+    assert all(expected(x, y, params, first) for first, (_, _, params) in zip(firsts, calls, strict=True))
+    assert [params.tokens for _, _, params in calls] == [896] * 6 + [708] * 3
+    for name, config, params in calls:
+        clusters = -(-params.tokens // 256) * -(-params.slice // 256)
+        ctas = params.tokens + 49 if name == "spread" else 2 * min(60, clusters)  # 49: of 64 rows each
+        assert (config.gridDimX, config.gridDimY, params.bias) == (ctas, 1, bias.data_ptr())
+    rows = [(params.first_row, params.slice) for _, _, params in calls]
+    assert rows == [(0, 1792), (0, 1792), (1792, 1288)] * 3
+    counts = [(params.arrived - calls[0][2].arrived) // 4 for _, _, params in calls]
+    assert counts == [0, 0, 22] * 3  # 7 blocks of rows, of two parts of the inputs each
+    assert calls[0][2].arrivals == 44
+    places = ("planes", "rows", "plane_scale", "row_scale", "arrived")
+    assert [getattr(calls[0][2], name) - SCRATCH for name in places] == [
+        0,
+        896 * 1024,
+        (896 + 1792) * 1024,
+        (896 + 1792) * 1024 + 4 * 896,
+        (896 + 1792) * 1024 + 4 * (896 + 3080),
+    ]
 
 
 def test_only_what_was_prepared_is_taken_again(driver):
@@ -196,5 +214,5 @@ def test_calls_of_many_lengths_are_not_all_kept(driver, monkeypatch):
     for tokens in range(1, 10):
         x = torch.randn(tokens, 512).bfloat16()
         cuda.linear(x, qw, None)
-        assert len(cuda._ready(qw, x).calls) <= 3
+        assert cuda._ready(qw, x).call.cache_info().currsize <= 3
     assert all(params.tokens == tokens for _, _, params in driver.taken()[-1:])

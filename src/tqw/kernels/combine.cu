@@ -2,7 +2,7 @@
 // mixture of experts, in one pass over the pairs. A module of its own, without linear.cu.
 //
 // Y_TYPE, W_TYPE    of pairs and y, of the weights: 0 float32, 1 float16, 2 bfloat16
-// WIDE              1: rows are whole pieces of 16 bytes, at multiples of 16
+// COUNT             outputs of a thread: 1, or 16 bytes of them, of rows that are whole pieces at multiples of 16
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void store(void* to, i64 i, float f) {
   ((u16*)to)[i] = bits;
 }
 
-static constexpr int COUNT = WIDE ? (Y_TYPE == 0 ? 4 : 8) : 1;  // outputs of a thread
+static constexpr bool WIDE = COUNT > 1;
 
 // A token for each blockIdx.y.
 extern "C" __global__ void __launch_bounds__(128) tqw_combine(const __grid_constant__ Params p) {

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 _MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
-_COARSE_BYTES = 64 << 20  # of T(x) in 8 bits at once; more tokens come in turns
+_PROMPT_TOKENS, _PROMPT_PRODUCTS = 1024, 1 << 35  # from so many of both on V is decoded once for all tokens (H100)
+_COARSE_BYTES = 64 << 20  # of T(x) in 8 bits in the middle kernel; more are a prompt
+_PROMPT_BYTES = 256 << 20  # of T(x) in 8 bits at once, half of what x takes; more tokens come in turns
+_ROWS_BYTES = 128 << 20  # of V in 8 bits at once; more rows come in slices
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
 _COLUMNS = (8, 16, 32, 64, 96, 128, 192, 256)  # of a CTA of middle.cu
 _DENSE_TOKENS = 64  # without middle.cu: from here on dequantize + cuBLAS
@@ -49,9 +53,10 @@ _SLICE_BYTES = (
     64 << 20
 )  # of the dense slice; smaller ones stay in the L2 cache but leave the last wave of a product thin
 _PAIRS_PER_EXPERT = 4  # (token, expert) pairs of one decode launch; with more, each expert's product comes cheaper
-_GROUPED_PAIRS = 1.5  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
+_GROUPED_PAIRS = 1.25  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
+_GROUPED_PAIRS_OF_FEW_INPUTS = 0.7  # up to 2,048 inputs
 _MOST_PAIRS = 1 << 16  # of one call: the outputs of all its pairs are in memory at once
-_KEPT_CALLS = 64  # numbers of tokens that a weight remembers
+_KEPT_CALLS = 64  # numbers of tokens that a weight remembers: to look a plan up by its variant takes longer
 _MOST_GRID = (1 << 16) - 1  # CTAs of a grid but in its first direction
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 
@@ -81,6 +86,9 @@ class _Params(ctypes.Structure):
         ("arrivals", ctypes.c_int),
         ("arrived", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("slice", ctypes.c_int64),
         ("blocks", ctypes.c_int),
         ("block", ctypes.c_void_p),
         ("pair", ctypes.c_void_p),
@@ -120,6 +128,7 @@ class Variant:
     spread: int = 1
     coarse: bool = False
     apart: bool = False
+    prompt: bool = False
 
     def source(self) -> str:
         macros = {
@@ -138,9 +147,11 @@ class Variant:
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
-                "COARSE": int(self.coarse), "APART": int(self.apart), **_wgmma(self.columns, self.coarse),
+                "COARSE": int(self.coarse), "APART": int(self.apart), "SPREAD_THREADS": self.spread_threads(),
+                "PROMPT": int(self.prompt), **_wgmma(self.columns, self.coarse, self.prompt),
             }  # fmt: skip
-            files += ["wgmma.cu", *["route.cu"] * self.experts, *["int8.cu"] * self.coarse, "middle.cu"]
+            files += ["wgmma.cu", *["route.cu"] * self.experts, *["int8.cu"] * self.coarse]
+            files += ["prompt.cu" if self.prompt else "middle.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
@@ -161,13 +172,17 @@ class Variant:
         return -(-(-(-self.padded_in // 256) * tokens) // 8)
 
     def spread_threads(self) -> int:
-        """Threads of a CTA that transforms one token, or a part of its inputs (COARSE: THREADS of int8.cu)."""
+        """Threads of a CTA that transforms one token, or a part of its inputs, for the middle kernel."""
         part = -(-(self.padded_in // self.tile) // self.spread) * self.tile
         return 256 if not self.coarse else 128 if part <= 1024 else 256 if part <= 8192 else 512
 
     def stage_bytes(self) -> int:
         """T(x) of a tile in the middle kernel."""
         return self.columns * self.tile * (1 if self.coarse else 2)
+
+    def prompt_bytes(self) -> int:
+        """Dynamic shared memory of the kernel for prompts: stages, barriers; scale and bias of rows, for two cells."""
+        return self.stages * (self.stage_bytes() + 256 * self.tile + 16) + 2 * 256 * 8
 
     def block_bytes(self) -> int:
         """T(x) of COLUMNS tokens in the middle kernel."""
@@ -185,10 +200,10 @@ class _Combine:
 
     y_type: int
     weight_type: int
-    wide: bool
+    count: int  # outputs of a thread
 
     def source(self) -> str:
-        macros = {"Y_TYPE": self.y_type, "W_TYPE": self.weight_type, "WIDE": int(self.wide)}
+        macros = {"Y_TYPE": self.y_type, "W_TYPE": self.weight_type, "COUNT": self.count}
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source("combine.cu")
 
 
@@ -206,21 +221,24 @@ class _CombineParams(ctypes.Structure):
     ]
 
 
-def _wgmma(columns: int, coarse: bool) -> dict[str, str]:
-    """Macros of the wgmma for 64 rows and `columns` tokens, A in registers, which names each of its accumulators."""
-    count = columns // 2
-    sums = ",".join(f"%{i}" for i in range(count))
-    a = ",".join(f"%{count + i}" for i in range(4))
+def _wgmma(columns: int, coarse: bool, prompt: bool) -> dict[str, str]:
+    """Macros of the wgmma that names each of its accumulators: 64 rows in registers times `columns` tokens; for prompts
+    64 tokens times 256 rows, both in shared memory."""
+    columns = 256 if prompt else columns
+    count, registers = columns // 2, 1 if prompt else 4
+    sums, a = (",".join(f"%{first + i}" for i in range(many)) for first, many in ((0, count), (count, registers)))
+    b, add = count + registers, count + registers + 1
     kind, options = ("k32.s32.s8.s8", "p") if coarse else ("k16.f32.f16.f16", "p, 1, 1, 0")
-    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{sums}}}, {{{a}}}, %{count + 4}, {options};"
+    a = a if prompt else f"{{{a}}}"
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{sums}}}, {a}, %{b}, {options};"
     register = "r" if coarse else "f"
     return {
-        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.ne.u32 p, %{count + 5}, 0;\\n{instruction}\\n}}\\n"',
+        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.ne.u32 p, %{add}, 0;\\n{instruction}\\n}}\\n"',
         "WGMMA_SUMS": ",".join(f'"+{register}"(d[{i}])' for i in range(count)),
     }
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _source(name: str) -> str:
     return resources.files("tqw.kernels").joinpath(name).read_text()
 
@@ -228,7 +246,7 @@ def _source(name: str) -> str:
 @lru_cache(maxsize=512)
 def _function(variant: Variant | _Combine, name: str, device: Device) -> Any:
     """The loaded kernel."""
-    return load(variant.source(), name, device)
+    return load(variant.source(), name, device, name in ("tqw_decode", "tqw_middle", "tqw_route", "tqw_prompt"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the op
@@ -422,7 +440,7 @@ def _middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Var
         return None
     small = base.x_type and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
     if _takes_8_bits(base, device):
-        return None if (small and out <= 1024) or tokens > _turn(base) else _coarse_variant(base, tokens, out, device)
+        return None if small and out <= 1024 else _coarse_variant(base, tokens, out, device)
     if small or tokens > _MIDDLE_TOKENS:
         return None
     _, wide = _sizes(base, out, device)
@@ -479,9 +497,13 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Var
     return _coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
 
 
-def _turn(base: Variant) -> int:
-    """Tokens whose T(x) in 8 bits is in memory at once."""
-    return max(1024, _COARSE_BYTES // base.padded_in // 1024 * 1024)
+def _is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
+    """Whether V is better decoded once for all tokens (prompt.cu): where T(x) is much, and where products are so many
+    that they outweigh the time until the first rows are decoded."""
+    weights = out * base.padded_in
+    if not _takes_8_bits(base, device) or (out <= 1024 and weights <= _SMALL_WEIGHTS):
+        return False
+    return tokens * base.padded_in > _COARSE_BYTES or tokens * weights > _PROMPT_PRODUCTS
 
 
 def _together(columns: int) -> int:
@@ -576,10 +598,27 @@ def _takes_8_bits(base: Variant, device: Device) -> bool:
     return base.bits[0] <= _COARSE_BITS and 512 <= base.padded_in <= 1 << 17
 
 
+def _prompt_variant(base: Variant) -> Variant:
+    """The variant of prompt.cu."""
+    return replace(base, coarse=True, prompt=True, columns=128, cluster=2, stages=4)
+
+
+@lru_cache(maxsize=4096)
+def _prompt_launches(base: Variant, tokens: int, rows: int, out: int, device: Device) -> tuple[Launch, Launch]:
+    """T(x) of all tokens and the scales of all rows of V; the product with a slice of rows."""
+    variant = _prompt_variant(base)
+    function, threads = _function(variant, "tqw_spread", device), variant.spread_threads()
+    spread = Launch(function, (tokens + -(-2 * out // threads), 1), threads, 0, device)
+    function, cells = _function(variant, "tqw_prompt", device), -(-rows // 256) * -(-tokens // 256)
+    clusters = min(cells, resident(function, 384, 2, device))
+    return spread, Launch(function, (2 * clusters, 1), 384, variant.prompt_bytes(), device, 2)
+
+
 @lru_cache(maxsize=4096)
 def _grouped_variant(base: Variant, pairs: int, count: int, out: int, device: Device) -> Variant | None:
     """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
-    if pairs <= _GROUPED_PAIRS * count or not device.arch.startswith("sm_90") or base.tile != 128:
+    most = _GROUPED_PAIRS if base.padded_in > 2048 else _GROUPED_PAIRS_OF_FEW_INPUTS
+    if pairs <= most * count or not device.arch.startswith("sm_90") or base.tile != 128:
         return None
     if _route_bytes(count) > device.shared_bytes:
         return None
@@ -700,6 +739,47 @@ class _Call:
             give_back(scratch)
 
 
+class _Prompt:
+    """Calls of prompt.cu for a weight and a number of tokens: T(x) of so many at once, V of so many rows."""
+
+    def __init__(self, ready: _Ready, tokens: int) -> None:
+        self.ready, out, padded = ready, ready.out, ready.padded
+        turn, rows = (-(-n // -(-n * padded // most)) for n, most in ((tokens, _PROMPT_BYTES), (out, _ROWS_BYTES)))
+        turn, rows = -(-turn // 128) * 128, -(-rows // 256) * 256
+        counts = 1 + rows // 256 * (1 + -(-padded // 512))  # of strips of V that are decoded (prompt.cu)
+        slices = range(0, out, rows)
+        self.params = _Params.from_buffer_copy(ready.params)
+        self.params.arrivals, self.count_bytes = counts * len(slices), 4 * counts
+        self.turns = [(first, min(turn, tokens - first)) for first in range(0, tokens, turn)]
+        self.slices = [(row, min(rows, out - row)) for row in slices]
+        sizes = {
+            "planes": turn * padded, "rows": rows * padded, "plane_scale": 4 * turn, "row_scale": 4 * out,
+            "arrived": self.count_bytes * len(slices),
+        }  # fmt: skip
+        self.places = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))  # in the scratch memory
+        self.scratch_bytes = sum(sizes.values())
+
+    def __call__(self, x: Tensor, stride: int, y: Tensor, bias: Tensor | None) -> None:
+        """y = T(x) V^T + b for tokens `stride` inputs apart."""
+        ready, params, size = self.ready, _Params.from_buffer_copy(self.params), self.ready.size
+        params.x_stride, params.bias = stride, None if bias is None else bias.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        scratch = borrow(self.scratch_bytes, stream)
+        try:
+            for name, place in self.places.items():
+                setattr(params, name, scratch + place)
+            for first, params.tokens in self.turns:
+                params.x, params.y = x.data_ptr() + first * stride * size, y.data_ptr() + first * ready.out * size
+                params.vectors = ready.vectors and params.x % 16 == 0 and stride * size % 16 == 0
+                params.arrived = scratch + self.places["arrived"]
+                for params.first_row, params.slice in self.slices:
+                    spread, product = _prompt_launches(ready.base, params.tokens, params.slice, ready.out, ready.device)
+                    launch_all((product,) if params.first_row else (spread, product), params, stream)
+                    params.arrived += self.count_bytes
+        finally:
+            give_back(scratch)
+
+
 class _Ready:
     """What all calls on one weight share: the parameters that it decides, and a call for each number of tokens."""
 
@@ -709,39 +789,31 @@ class _Ready:
         self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
         self.size = dtype.itemsize
         self.vectors = self.params.channel % 8 == 0 and (in_features % 8 == 0 or in_features >= self.padded)
-        self.calls: dict[tuple[int, int], tuple[_Call | None]] = {}  # by tokens and choices
-        self.turns: dict[tuple[int, int], tuple[int, int]] = {}
-        self.dequantize: dict[int, Launch] = {}  # by rows
+        kept = lru_cache(maxsize=_KEPT_CALLS)
+        self.call, self.prompt = kept(self._call), kept(self._prompt)
+        self.turn, self.dequantize = kept(self._turn), kept(self._dequantize)
 
-    def call(self, tokens: int, choices: int = 0) -> _Call | None:
+    def _call(self, tokens: int, choices: int = 0) -> _Call | None:
         """None: no kernel takes so many at once. choices: experts of each token, of a stacked weight."""
-        kept = self.calls.get((tokens, choices))
-        if kept is not None:
-            return kept[0]
         if choices:
             plan = _expert_plan(self.base, tokens, choices, self.params.experts, self.out, self.device)
         else:
             plan = _plan(self.base, tokens, self.out, self.device)
-        call = None if plan is None else _Call(self, plan, tokens, choices)
-        if len(self.calls) >= _KEPT_CALLS:
-            self.calls.clear()
-        self.calls[tokens, choices] = (call,)
-        return call
+        return None if plan is None else _Call(self, plan, tokens, choices)
 
-    def turn(self, tokens: int, choices: int) -> tuple[int, int]:
+    def _prompt(self, tokens: int) -> _Prompt | None:
+        return _Prompt(self, tokens) if _is_prompt(self.base, tokens, self.out, self.device) else None
+
+    def _turn(self, tokens: int, choices: int) -> tuple[int, int]:
         """Of tokens with `choices` experts each: up to how many pairs a product for each expert is slower, and how
         many tokens are computed at once."""
-        kept = self.turns.get((tokens, choices))
-        if kept is not None:
-            return kept
         count = self.params.experts
         grouped = _grouped_variant(self.base, tokens * choices, count, self.out, self.device) is not None
         most = min(_MIDDLE_TOKENS * count, _MOST_PAIRS) if grouped else _PAIRS_PER_EXPERT * count
-        turn = most, _expert_tokens(self.base, tokens, choices, count, self.out, self.device)
-        if len(self.turns) >= _KEPT_CALLS:
-            self.turns.clear()
-        self.turns[tokens, choices] = turn
-        return turn
+        return most, _expert_tokens(self.base, tokens, choices, count, self.out, self.device)
+
+    def _dequantize(self, rows: int) -> Launch:
+        return _dequantize_launch(self.dense, rows, self.device)
 
 
 _READY: dict[tuple, _Ready] = {}
@@ -781,9 +853,7 @@ def _dense_rows(ready: _Ready, first: int, rows: int, out: Tensor, ids: Tensor |
     params.y, params.first_row, params.tokens = out.data_ptr(), first, rows
     params.ids = None if ids is None else ids.data_ptr()
     params.vectors = out.shape[1] % 8 == 0 and params.y % 16 == 0 and params.channel % 8 == 0
-    if rows not in ready.dequantize:
-        ready.dequantize[rows] = _dequantize_launch(ready.dense, rows, ready.device)
-    launch_all((ready.dequantize[rows],), params, torch._C._cuda_getCurrentRawStream(out.get_device()))
+    launch_all((ready.dequantize(rows),), params, torch._C._cuda_getCurrentRawStream(out.get_device()))
 
 
 def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
@@ -828,7 +898,7 @@ def _product(x: Tensor, ready: _Ready, bias: Tensor | None) -> Tensor:
         stride = x.stride(0)
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
-    call = ready.call(tokens)
+    call = (ready.prompt(tokens) if tokens >= _PROMPT_TOKENS else None) or ready.call(tokens)
     if call is not None:
         call(x, stride, y, bias)
         return y
@@ -845,11 +915,9 @@ def _product(x: Tensor, ready: _Ready, bias: Tensor | None) -> Tensor:
 
 def _chunk(ready: _Ready, tokens: int) -> int | None:
     """Tokens of one turn when all do not fit in one: the most that fit, shared out evenly. None: by dense rows."""
-    chunk = None
-    if tokens < _DENSE_TOKENS:
-        chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.call(chunk)), None)
-    elif tokens > (most := _turn(ready.base)) and _takes_8_bits(ready.base, ready.device):
-        chunk = most if ready.call(most) else None
+    if tokens >= _DENSE_TOKENS:
+        return None
+    chunk = next((chunk for chunk in (32, 16, 8, 4, 2, 1) if chunk < tokens and ready.call(chunk)), None)
     return chunk and -(-tokens // -(-tokens // chunk))
 
 
@@ -927,8 +995,7 @@ def _supports_stack(x: Tensor, qw: QuantizedWeight) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _combine_launch(variant: _Combine, tokens: int, out: int, device: Device) -> Launch:
-    of_thread = 1 if not variant.wide else 8 if variant.y_type else 4
-    grid = -(-out // (128 * of_thread)), tokens
+    grid = -(-out // (128 * variant.count)), tokens
     return Launch(_function(variant, "tqw_combine", device), grid, 128, 0, device)
 
 
@@ -948,7 +1015,7 @@ def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor
     index = pairs.get_device()
     with _on(pairs):
         enter(index)
-        variant = _Combine(_TYPES[y.dtype], _TYPES[weights.dtype], wide)
+        variant = _Combine(_TYPES[y.dtype], _TYPES[weights.dtype], 16 // y.element_size() if wide else 1)
         stream = torch._C._cuda_getCurrentRawStream(index)
         for first in range(0, tokens, _MOST_GRID):
             rows = min(_MOST_GRID, tokens - first)
@@ -983,7 +1050,7 @@ def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     flat = ids.reshape(-1).long()
     y = torch.empty(flat.shape[0], qw.in_features, dtype=dtype, device=qw.device)
     if flat.shape[0]:
-        with torch.cuda.device(qw.device):
+        with _on(y):
             _dense_rows(_ready(qw, y), 0, flat.shape[0], y, flat)
     return y.view(*ids.shape, qw.in_features)
 

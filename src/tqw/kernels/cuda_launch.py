@@ -47,7 +47,7 @@ def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
         nvrtc.nvrtcGetProgramLog(program, log)
         text = log.decode().rstrip("\0")
         if int(error) != 0:
-            raise TqwError(f"expected linear.cu to compile for {arch}, got {error!r}:\n{text}")
+            raise TqwError(f"expected the CUDA source to compile for {arch}, got {error!r}:\n{text}")
         cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
         checked(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
         return cubin, text
@@ -130,8 +130,11 @@ def enter(index: int) -> None:
     _thread.entered = True
 
 
-def load(source: str, name: str, device: Device) -> Any:
-    """A kernel, compiled and loaded. Loading is allowed while another thread captures a graph."""
+def load(source: str, name: str, device: Device, all_shared: bool = False) -> Any:
+    """A kernel, compiled and loaded. Loading is allowed while another thread captures a graph.
+
+    all_shared: a launch may ask for all of a multiprocessor's shared memory.
+    """
     driver = driver_module()
     with torch.cuda.device(device.index):
         enter(device.index)
@@ -140,7 +143,7 @@ def load(source: str, name: str, device: Device) -> Any:
         try:
             module = checked(driver.cuModuleLoadData(cubin(source, device.arch)), "cuModuleLoadData")
             function = checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if name in ("tqw_decode", "tqw_middle", "tqw_route"):
+            if all_shared:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
         finally:
@@ -148,9 +151,8 @@ def load(source: str, name: str, device: Device) -> Any:
     return function
 
 
-@lru_cache(maxsize=4096)
 def _config(grid: tuple[int, int], threads: int, shared: int, split: int, stream: int, overlap: bool) -> Any:
-    """The driver's description of a launch, made once: to make one takes longer than to launch."""
+    """The driver's description of a launch. To make one takes longer than to launch."""
     driver = driver_module()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1

@@ -9,19 +9,46 @@
 //     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
 //
 // In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes 32 s + 4 t and
-// 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled).
+// 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled). PROMPT: bytes 64 i + 16 t + j are inputs 32 t + 16 i + j.
 //
-// COLUMNS    tokens that are side by side       SPREAD    parts of the inputs
+// COLUMNS    tokens that are side by side       SPREAD    parts of the inputs       SPREAD_THREADS    of a CTA of tqw_spread
 
 static_assert(TILE == 128 && PASSES == 1, "a tile is 128 inputs");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
 
-static constexpr int PART = (TILES + SPREAD - 1) / SPREAD * TILE;                // inputs of a part, at most
-static constexpr int THREADS = PART <= 1024 ? 128 : PART <= 8192 ? 256 : 512;  // cuda.py knows it, too
+// Four values times a scale, of at most 127, rounded.
+__device__ __forceinline__ u32 in_8_bits(const float* v, float scale) {
+  int n[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) n[i] = __float_as_int(fmaf(v[i], scale, __int_as_float(MAGIC)));  // n is in the lower byte
+  return lower_bytes(n);
+}
+
+// The largest weight scales of two rows, for tiles [begin, end), by the lanes of a quad.
+__device__ __forceinline__ void row_scales(const Params& p, i64 row0, i64 row1, int begin, int end, int t, float* most) {
+  most[0] = most[1] = 0.f;
+  int last = (end * TILE - 1) / GROUP;
+#pragma unroll 8
+  for (int group = begin * TILE / GROUP + t; group <= last; group += 4) {
+    most[0] = fmaxf(most[0], fabsf(half_to_float(p.scale[0][row0 * GROUPS + group])));
+    most[1] = fmaxf(most[1], fabsf(half_to_float(p.scale[0][row1 * GROUPS + group])));
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], bit));
+  }
+}
+
+#if PROMPT
+__device__ __forceinline__ void measure_rows(const Params& p, int cta);
+#endif
+
+static constexpr int PART = (TILES + SPREAD - 1) / SPREAD * TILE;  // inputs of a part, at most
 
 // T(x) of one token, or of a part of its inputs; with EXPERTS once for each of its pairs. x is read once.
-extern "C" __global__ void __launch_bounds__(THREADS) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int STRIDE = 8 * THREADS, ROUNDS = (PART + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 8 ? ROUNDS : 8;
+extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __grid_constant__ Params p) {
+  constexpr int STRIDE = 8 * SPREAD_THREADS, ROUNDS = (PART + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 8 ? ROUNDS : 8;
   int part = blockIdx.x % SPREAD, lane = threadIdx.x & 31, t = lane / 4 % 4;
   int first = TILES * part / SPREAD * TILE + threadIdx.x * 8, end = TILES * (part + 1) / SPREAD * TILE;
   i64 token = blockIdx.x / SPREAD;
@@ -30,13 +57,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) tqw_spread(const __grid_co
     return k < end ? k : IN_PADDED;
   };
   allow_next_kernel();
+#if PROMPT
+  if (token >= p.tokens) return measure_rows(p, token - p.tokens);
+#endif
   uint2 channel[KEPT];
   float v[KEPT][8], most = 0.f;
 #pragma unroll
   for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, input(r));
   wait_for_previous_kernel();
-#if APART
-  for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.arrivals; i += gridDim.x * THREADS) p.arrived[i] = 0;
+#if APART || PROMPT
+  for (int i = blockIdx.x * SPREAD_THREADS + threadIdx.x; i < p.arrivals; i += p.tokens * SPREAD * SPREAD_THREADS) p.arrived[i] = 0;
 #endif
   auto rotate = [&](float (&v)[8]) {
 #if ROTATE
@@ -57,15 +87,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) tqw_spread(const __grid_co
     scaled_inputs(p, token, input(r), w);
     rotate(w), measure(w);
   }
-  most = most_of_warps<THREADS / 32>(most);
+  most = most_of_warps<SPREAD_THREADS / 32>(most);
   // A NaN or Inf makes the scale NaN and so every output of the token.
   float scale = fmaf(most, (ROTATE ? NORM : 1.f) / 127, most - most), inverse = most > 0.f ? __fdividef(127.f, most) : 0.f;
   // Eight inputs in 8 bits; of a quad's neighbours t and t ^ 1 one takes all lower words, one the upper ones.
   auto rounded = [&](const float (&v)[8]) {
-    int q[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) q[i] = __float_as_int(fmaf(v[i], inverse, __int_as_float(MAGIC)));  // |v| <= most
-    u32 low = lower_bytes(q), high = lower_bytes(q + 4), other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
+    u32 low = in_8_bits(v, inverse), high = in_8_bits(v + 4, inverse);
+    if (PROMPT) return make_uint2(low, high);
+    u32 other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
     return t & 1 ? make_uint2(other, high) : make_uint2(low, other);
   };
   uint2 bytes[KEPT];
@@ -74,9 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) tqw_spread(const __grid_co
   int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
   auto store_column = [&](int column) {
     if (threadIdx.x == 0) p.plane_scale[part * columns + column] = scale;
-    u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + t / 2 * 8;
+    u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + (PROMPT ? lane & 1 : t / 2) * 8;
     auto store = [&](uint2 bytes, int k) {
-      int chunk = k % 32 / 8 * 2 + (t & 1);
+      int chunk = PROMPT ? k % 32 / 16 * 4 + t : k % 32 / 8 * 2 + (t & 1);
       if (k < end) *(uint2*)(block + k / TILE * STAGE_BYTES + (chunk ^ column & 7) * 16) = bytes;
     };
 #pragma unroll
@@ -131,28 +160,8 @@ __device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
 __device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& mine, float ratio) {
 #pragma unroll
   for (int j = 0; j < WORDS; j += TOGETHER) {
-    int n[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // MAGIC + n has n in its lower byte; |ratio| <= 1
-      n[i] = __float_as_int(fmaf(mine.level[j / TOGETHER][i], ratio, __int_as_float(MAGIC)));
-    u32 word = lower_bytes(n);
+    u32 word = in_8_bits(mine.level[j / TOGETHER], ratio);  // |ratio| <= 1
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4 / SUBS);
   }
 }
-// The largest weight scales of two rows, for tiles [begin, end), by the lanes of a quad.
-__device__ __forceinline__ void row_scales(const Params& p, i64 row0, i64 row1, int begin, int end, int t, float* most) {
-  most[0] = most[1] = 0.f;
-  int last = (end * TILE - 1) / GROUP;
-#pragma unroll 8
-  for (int group = begin * TILE / GROUP + t; group <= last; group += 4) {
-    most[0] = fmaxf(most[0], fabsf(half_to_float(p.scale[0][row0 * GROUPS + group])));
-    most[1] = fmaxf(most[1], fabsf(half_to_float(p.scale[0][row1 * GROUPS + group])));
-  }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], bit));
-  }
-}
-

@@ -3,6 +3,7 @@
 //
 // COARSE                1: int8 with int32 sums, else fp16 with float32 sums
 // WGMMA, WGMMA_SUMS     the instruction and its accumulator operands
+// PROMPT                1: both operands in shared memory (prompt.cu)
 // EVERY_LANE            1: for racecheck, which does not follow that a warp's own order puts all lanes' reads before the
 //                       arrival of one of them
 
@@ -31,7 +32,14 @@ typedef int Sum;
 #else
 typedef float Sum;
 #endif
+#if PROMPT
+// d = a b, or d += a b, later; both in shared memory.
+__device__ __forceinline__ void multiply_shared(Sum* d, u64 a, u64 b, bool add) {
+  asm volatile(WGMMA : WGMMA_SUMS : "l"(a), "l"(b), "r"((int)add));
+}
+#else
 // d += a b, later.
 __device__ __forceinline__ void multiply_async(Sum* d, const u32* a, u64 b) {
   asm volatile(WGMMA : WGMMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 }
+#endif
