@@ -1,14 +1,11 @@
-r"""What rounded activations cost: KLD of the demo model with activations in float32, as the CPU kernels round them (8
+"""What rounded activations cost: KLD of the demo model with activations in float32, as the CPU kernels round them (8
 bits, a scale for each 32 to 128 inputs), and as the CUDA kernel for 17 tokens and more does (8 bits with a scale for
 each token, and weights of 8 bits with a scale for each row: int8.cu), repeated here in float32. Where CTAs of that
-kernel share the inputs, each part has scales of its own, so that it loses less than here. "fp8 of a token" has both
-operands in float8_e4m3fn instead, with the same scales.
+kernel share the inputs, each part has scales of its own, so that it loses less than here.
 
     export TQW_CPU_ISA=avx512
     python benchmarks/activations.py --bits 4,3,5 --max-tokens 8192 -o benchmarks/results/activations.json
     python benchmarks/activations.py --group-size 32 --max-tokens 8192 -o benchmarks/results/activations_32.json
-    python benchmarks/activations.py --activations "float,int8 of a token,fp8 of a token" --max-tokens 8192 \
-        -o benchmarks/results/activations_fp8.json
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from tqw import kernels
@@ -53,20 +49,7 @@ def int8_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def fp8_linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """T(x) V^T + b with both operands rounded to float8_e4m3fn: a scale for each token, one for each row of V."""
-    t = transform(x.float(), qw.channel_scale[0], qw.matrix(x))
-    y = fp8_rounded(t) @ fp8_rounded(sum_of_passes(qw)).T
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def fp8_rounded(values: Tensor) -> Tensor:
-    """The largest of each row becomes the largest of the format."""
-    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / torch.finfo(torch.float8_e4m3fn).max
-    return (values / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-LINEARS = {"float": float_linear, "int8 of a token": int8_linear, "fp8 of a token": fp8_linear}
+LINEARS = {"float": float_linear, "int8 of a token": int8_linear}
 
 
 def main() -> None:
