@@ -4,7 +4,7 @@
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
 The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
-few several groups wide middle coarse experts dense. `--every-lane` compiles the kernel for 17 tokens and more so
+few several groups wide middle coarse prompt experts dense. `--every-lane` compiles the kernel for 17 tokens and more so
 that racecheck follows it (EVERY_LANE in wgmma.cu); without it, it reports hazards there that are none. Values are not
 compared: that is what test_cuda.py does.
 """

@@ -48,12 +48,12 @@ struct Params {
   i64 first_row;        // dequantize, PROMPT: first row of the slice
   int tokens, out, in, vectors, batch;
   int experts, choices;  // EXPERTS: weights stacked in `packed`, rows of y for each row of x
-  int arrivals;          // APART: counters in `arrived`
-  int* arrived;          // for each tile, how many CTAs have left their sums
+  int arrivals;          // APART, PROMPT: counters in `arrived`
+  int* arrived;          // for each tile, how many CTAs have left their sums; PROMPT: strips of V, asked for and decoded
   float4* parts;         // these sums
   u8* rows;              // PROMPT: V of a slice of rows
-  float* row_scale;      // its scales
-  i64 slice;             // how many rows
+  float* row_scale;      // [out] the largest weight scale of each row
+  i64 slice;             // rows of the slice
 #if EXPERTS && defined(COLUMNS)
   int blocks;   // places for blocks of at most COLUMNS pairs (token, expert) of one expert
   int2* block;  // [blocks] expert and number of pairs, 0 where there is no block
