@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -172,10 +172,10 @@ def compile_all(shapes: Sequence[str]) -> None:
         config = QuantConfig(bits=4, group_size=group)
         qw = empty_weight(bench.parse_shape(shape), config, torch.device("meta"))
         base, out = cuda._variant(qw, torch.bfloat16), qw.out_features
-        if tokens >= cuda._PROMPT_TOKENS and cuda._is_prompt(base, tokens, out, device):
-            cuda._prompt_launches(base, tokens, out, out, device)
+        if tokens >= cuda_plan.PROMPT_TOKENS and cuda_plan.is_prompt(base, tokens, out, device):
+            cuda_plan.prompt_launches(base, tokens, out, out, device)
         else:
-            cuda._plan(base, tokens, out, device)
+            cuda_plan.linear_plan(base, tokens, out, device)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(plan, *zip(*product(shapes, TOKENS, (GROUP, *OTHER_GROUPS)), strict=True)))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.layer import QuantizedExperts, expert_projections, expert_weight, routed_tokens
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
@@ -148,15 +148,15 @@ def compile_all() -> None:
     for p in PROJECTIONS:
         qw = empty_weight((p.out_features, p.in_features), QuantConfig(bits=4), torch.device("meta"))
         variant = cuda._variant(qw, torch.bfloat16)
-        tasks.append(lambda v=variant: cuda._dequantize_launch(v, 256, device))
+        tasks.append(lambda v=variant: cuda_plan.dequantize_launch(v, 256, device))
         counts = set()
         for tokens in TOKENS:
             choices = 1 if p.by_pair else p.choices
             of = tokens * p.choices // choices, choices, p.experts, p.out_features, device
-            tasks.append(lambda v=variant, of=of: cuda._expert_plan(v, *of))
+            tasks.append(lambda v=variant, of=of: cuda_plan.expert_plan(v, *of))
             if goes_by_expert(p, tokens):
                 counts.update(route(p, tokens, 0).flatten().bincount(minlength=p.experts).tolist())
-        tasks += [lambda v=variant, n=n, p=p: cuda._plan(v, n, p.out_features, device) for n in counts if n]
+        tasks += [lambda v=variant, n=n, p=p: cuda_plan.linear_plan(v, n, p.out_features, device) for n in counts if n]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda task: task(), tasks))
 

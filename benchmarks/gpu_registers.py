@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tqw.config import format_bits
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda_launch, cuda_plan
 from tqw.report import document, write_json
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-BASE = cuda.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+BASE = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
 LINEARS = {  # the weight, and the tokens of the decode kernel
     "1 token": (BASE, 1),
     "1 token, 3 bits": (replace(BASE, bits=(3,)), 1),
@@ -42,8 +42,8 @@ HOPPER = {
     "256 tokens, 8 bits": replace(COARSE, columns=256, warpgroups=2),
     "256 tokens, 3 bits, 8 bits": replace(COARSE, bits=(3,), columns=256, warpgroups=2),
     "experts, 256 pairs each, 8 bits": replace(COARSE, experts=True, columns=256, warpgroups=2),
-    "prompts, 8 bits": cuda._prompt_variant(BASE),
-    "prompts of 14336 inputs, 3 bits, 8 bits": cuda._prompt_variant(replace(BASE, bits=(3,), padded_in=14336)),
+    "prompts, 8 bits": cuda_plan.prompt_variant(BASE),
+    "prompts of 14336 inputs, 3 bits, 8 bits": cuda_plan.prompt_variant(replace(BASE, bits=(3,), padded_in=14336)),
     "64 tokens": replace(BASE, columns=64, stages=4),
     "128 tokens": replace(BASE, columns=128, stages=4),
     "256 tokens": replace(BASE, columns=256, warpgroups=2, stages=2),
@@ -55,7 +55,7 @@ _ENTRY = re.compile(
 )
 
 
-def rows_of(name: str, variant: cuda.Variant, arch: str) -> list[dict[str, Any]]:
+def rows_of(name: str, variant: cuda_plan.Variant, arch: str) -> list[dict[str, Any]]:
     _, log = cuda_launch.compile_with_log(variant.source(), arch)
     return [
         {"variant": name, "bits": format_bits(variant.bits), "arch": arch, "kernel": kernel,
@@ -71,7 +71,9 @@ def main() -> None:
     rows = []
     for arch in ARCHITECTURES:
         device = cuda_launch.Device(0, arch, 132, 0, clusters=arch in ("sm_90a", "sm_100", "sm_120"))
-        decode = {name: cuda._decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()}
+        decode = {
+            name: cuda_plan.decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()
+        }
         variants = decode | (HOPPER if arch == "sm_90a" else {})
         for name, variant in variants.items():
             rows += rows_of(name, variant, arch)

@@ -1,4 +1,4 @@
-"""Times settings of a kernel on this GPU, to choose those of `_decode_variant` or `_middle_variant` in kernels/cuda.py.
+"""Times settings of a kernel on this GPU, to choose `decode_variant` or `middle_variant` of kernels/cuda_plan.py.
 
 python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16] [--only split=4 ...] [-o settings.json]
 python benchmarks/gpu_settings.py --kernel middle --tokens 32 64 128 256 [-o middle.json]
@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.report import document, write_json
 from tqw.weight import dequantize, quantize
 
@@ -40,7 +40,7 @@ MIDDLE: dict[str, tuple] = {
     "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "apart": (False, True), "stages": (3, 4),
     "min_ctas": (1, 2, 4),
 }  # fmt: skip
-PRESENT = {"decode": cuda._decode_variant, "middle": cuda._middle_variant}
+PRESENT = {"decode": cuda_plan.decode_variant, "middle": cuda_plan.middle_variant}
 
 
 def candidates(kernel: str, tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
@@ -66,8 +66,8 @@ def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> It
 
 
 def variant(
-    kernel: str, chosen: dict[str, Any], base: cuda.Variant, tokens: int, out: int, device: Any
-) -> cuda.Variant | None:
+    kernel: str, chosen: dict[str, Any], base: cuda_plan.Variant, tokens: int, out: int, device: Any
+) -> cuda_plan.Variant | None:
     """The present variant with other settings; None: the kernel is not for so many tokens."""
     present = PRESENT[kernel](base, tokens, out, device)
     if present and present.coarse:  # each part of the inputs has scales of T(x)
@@ -75,7 +75,7 @@ def variant(
     return present and replace(present, **chosen)
 
 
-def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
+def fits(kernel: str, item: cuda_plan.Variant, device: Any) -> bool:
     """Enough shared memory, and enough inputs for the parts."""
     if kernel != "middle":
         return True
@@ -84,10 +84,10 @@ def fits(kernel: str, item: cuda.Variant, device: Any) -> bool:
     return item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in
 
 
-def compile_all(variants: set[cuda.Variant], arch: str) -> None:
+def compile_all(variants: set[cuda_plan.Variant], arch: str) -> None:
     """From many threads: the measurements would compile one after the other."""
 
-    def compiled(item: cuda.Variant) -> None:
+    def compiled(item: cuda_plan.Variant) -> None:
         with suppress(TqwError):  # shares that are not whole
             cuda_launch.cubin(item.source(), arch)
 
@@ -128,7 +128,7 @@ def main() -> None:
             here = []
             for chosen in [None, *candidates(kernel, tokens, only, layouts)]:
                 row = {"shape": shape, "tokens": tokens, "chosen": chosen}
-                cuda._plan.cache_clear()
+                cuda_plan.linear_plan.cache_clear()
                 cuda._READY.clear()
                 make = partial(variant, kernel, chosen) if chosen else PRESENT[kernel]
                 item = make(cuda._variant(qw, x.dtype), tokens, qw.out_features, device)

@@ -23,7 +23,7 @@ import torch
 
 from tqw import kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.weight import QuantizedWeight, quantize
 
 DECODE = [
@@ -58,9 +58,11 @@ def experts(tokens: int, bits: str) -> None:
 
 def coarse(tokens: int, columns: int, warpgroups: int, split: int, apart: bool, bits: str = "4") -> None:
     """Operands of 8 bits, the inputs divided so."""
-    variant = partial(cuda._coarse_of, columns=columns, warpgroups=warpgroups, split=split, apart=apart)
+    variant = partial(cuda_plan.coarse_of, columns=columns, warpgroups=warpgroups, split=split, apart=apart)
     base = cuda._variant(qw := weight(264, 1152, bits), torch.bfloat16)
-    plan = cuda._middle_plan(variant(base), tokens, qw.out_features, cuda_launch.device_at(torch.cuda.current_device()))
+    plan = cuda_plan.middle_plan(
+        variant(base), tokens, qw.out_features, cuda_launch.device_at(torch.cuda.current_device())
+    )
     x = torch.randn(tokens, qw.in_features, device="cuda").bfloat16()
     y = torch.empty(tokens, qw.out_features, dtype=x.dtype, device="cuda")
     cuda._Call(cuda._ready(qw, x), plan, tokens)(x, qw.in_features, y, None)
@@ -119,8 +121,8 @@ def main() -> None:
         raise SystemExit("expected a CUDA device, torch sees none")
     kinds = [argument for argument in sys.argv[1:] if argument != "--every-lane"]
     if len(kinds) < len(sys.argv) - 1:
-        source = cuda.Variant.source
-        cuda.Variant.source = lambda self: f"#define EVERY_LANE 1\n{source(self)}"
+        source = cuda_plan.Variant.source
+        cuda_plan.Variant.source = lambda self: f"#define EVERY_LANE 1\n{source(self)}"
     checked = "NV_SANITIZER_INJECTION_PORT_BASE" in os.environ
     chosen = [case for kind, case in cases() if kind in kinds or not kinds]
     with torch.inference_mode(), ThreadPoolExecutor(1 if checked else os.cpu_count()) as pool:

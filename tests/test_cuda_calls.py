@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch
+from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.weight import quantize
 
 SCRATCH = 1 << 40  # address of all borrowed memory
@@ -21,7 +21,9 @@ class Driver:
     """The functions of cuda.bindings.driver that the backend uses."""
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES=1
+    )
     CUlaunchAttributeID = SimpleNamespace(
         CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4
     )
@@ -31,7 +33,10 @@ class Driver:
         self.calls: list[tuple[str, Any, Any]] = []  # kernel, configuration, parameters
 
     def __getattr__(self, name: str) -> Any:
-        answers = {"cuOccupancyMaxActiveClusters": 60, "cuModuleLoadData": "module"}
+        answers = {
+            "cuOccupancyMaxActiveClusters": 60, "cuModuleLoadData": "module", "cuFuncGetAttribute": 128,
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
+        }  # fmt: skip
         return lambda *_: (0, answers.get(name, 1))
 
     def CUlaunchAttribute(self) -> Any:
@@ -61,7 +66,7 @@ def driver(monkeypatch):
         monkeypatch.setattr(cuda_launch, name, value)
     for name, value in {
         "device_at": lambda index: h100, "enter": lambda index: None,
-        "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None,
+        "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None, "_takes_stack": lambda x, qw: True,
     }.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's get_device says
@@ -71,8 +76,9 @@ def driver(monkeypatch):
     def forget() -> None:
         cuda._READY.clear()
         for cached in (
-            cuda._plan, cuda._function, cuda._expert_plan, cuda._expert_tokens, cuda._dequantize_launch,
-            cuda._combine_launch, cuda._prompt_launches, cuda_launch.resident,
+            cuda_plan.linear_plan, cuda_plan.expert_plan, cuda_plan.expert_tokens, cuda_plan.prompt_launches,
+            cuda_plan.dequantize_launch, cuda_plan.combine_launch, cuda_plan._function, cuda_launch.resident,
+            cuda_launch.ctas_at_once,
         ):  # fmt: skip
             cached.cache_clear()
 
@@ -130,8 +136,9 @@ def test_rows_far_apart_are_not_copied_and_columns_are(driver):
 
 
 def test_turns_and_slices_of_a_prompt_follow_each_other(driver, monkeypatch):
-    for name, value in {"_PROMPT_PRODUCTS": 0, "_PROMPT_BYTES": 1 << 20, "_ROWS_BYTES": 2 << 20}.items():
-        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(cuda_plan, "_PROMPT_PRODUCTS", 0)
+    monkeypatch.setattr(cuda, "_PROMPT_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda, "_ROWS_BYTES", 2 << 20)
     qw, x = quantize(torch.randn(3080, 1024) * 0.05, QuantConfig()), torch.randn(2500, 1024).bfloat16()
     bias = torch.randn(3080).bfloat16()
     y, calls = cuda.linear(x, qw, bias), driver.taken()
@@ -180,6 +187,7 @@ def test_kernels_of_a_mixture(driver, tokens, kernels):
     ids, weights = torch.randint(-1, 6, (tokens, 2)), torch.rand(tokens, 2)
     for _ in range(2):
         y, calls = cuda.experts(x, stack, ids), driver.taken()
+        assert y is not None
         assert names(calls) == kernels
         for _, _, params in calls:
             assert (params.x, params.y, params.ids) == (x.data_ptr(), y.data_ptr(), ids.data_ptr())
@@ -189,23 +197,19 @@ def test_kernels_of_a_mixture(driver, tokens, kernels):
     assert names(calls) == ["combine"]
     _, config, params = calls[0]
     assert (params.pairs, params.y, params.out) == (y.data_ptr(), total.data_ptr(), 256)
-    assert (config.gridDimX, config.gridDimY) == (1, tokens)
+    assert (config.gridDimX, config.gridDimY) == (tokens, 1)
 
 
-def test_turns_of_pairs_and_of_their_sum_follow_each_other(driver, monkeypatch):
-    monkeypatch.setattr(cuda, "_PLANE_BYTES", 600 << 10)
-    monkeypatch.setattr(cuda, "_MOST_GRID", 100)
+def test_turns_of_pairs_follow_each_other(driver, monkeypatch):
+    monkeypatch.setattr(cuda_plan, "_PLANE_BYTES", 600 << 10)
     stack, x = quantize(torch.randn(5, 264, 512), QuantConfig()), torch.randn(350, 512).bfloat16()
-    ids, weights = torch.randint(0, 5, (350, 2)), torch.rand(350, 2)
+    ids = torch.randint(0, 5, (350, 2))
     y, calls = cuda.experts(x, stack, ids), driver.taken()
+    assert y is not None
     first = [(params.x - x.data_ptr()) // 1024 for name, _, params in calls if name == "middle"]
     assert len(first) > 1
     assert [(params.y - y.data_ptr()) // (4 * 264) for name, _, params in calls if name == "middle"] == first
     assert [(params.ids - ids.data_ptr()) // 16 for name, _, params in calls if name == "middle"] == first
-    cuda.combine(y, weights, ids, 5)
-    calls = driver.taken()
-    assert [config.gridDimY for _, config, _ in calls] == [100, 100, 100, 50]
-    assert [(params.weights - weights.data_ptr()) // 8 for _, _, params in calls] == [0, 100, 200, 300]
 
 
 def test_calls_of_many_lengths_are_not_all_kept(driver, monkeypatch):

@@ -40,14 +40,14 @@ __device__ __forceinline__ void store(void* to, i64 i, float f) {
 
 static constexpr bool WIDE = COUNT > 1;
 
-// A token for each blockIdx.y.
+// A token for each blockIdx.x.
 extern "C" __global__ void __launch_bounds__(128) tqw_combine(const __grid_constant__ Params p) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
-  int first = (blockIdx.x * 128 + threadIdx.x) * COUNT;
+  int first = (blockIdx.y * 128 + threadIdx.x) * COUNT;
   if (first >= p.out) return;
-  i64 token = blockIdx.y;
+  i64 token = blockIdx.x;
   float sum[COUNT];
 #pragma unroll
   for (int i = 0; i < COUNT; i++) sum[i] = 0.f;

@@ -130,11 +130,9 @@ def enter(index: int) -> None:
     _thread.entered = True
 
 
-def load(source: str, name: str, device: Device, all_shared: bool = False) -> Any:
-    """A kernel, compiled and loaded. Loading is allowed while another thread captures a graph.
-
-    all_shared: a launch may ask for all of a multiprocessor's shared memory.
-    """
+def load(source: str, name: str, device: Device) -> Any:
+    """A kernel, compiled and loaded, whose launches may ask for all of a multiprocessor's shared memory. Loading is
+    allowed while another thread captures a graph."""
     driver = driver_module()
     with torch.cuda.device(device.index):
         enter(device.index)
@@ -143,9 +141,12 @@ def load(source: str, name: str, device: Device, all_shared: bool = False) -> An
         try:
             module = checked(driver.cuModuleLoadData(cubin(source, device.arch)), "cuModuleLoadData")
             function = checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
-            if all_shared:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                checked(driver.cuFuncSetAttribute(function, attribute, device.shared_bytes), "cuFuncSetAttribute")
+            kind = driver.CUfunction_attribute
+            static = checked(
+                driver.cuFuncGetAttribute(kind.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), "cuFuncGetAttribute"
+            )
+            most = kind.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(driver.cuFuncSetAttribute(function, most, device.shared_bytes - static), "cuFuncSetAttribute")
         finally:
             driver.cuThreadExchangeStreamCaptureMode(mode)
     return function
@@ -210,6 +211,13 @@ def borrow(size: int, stream: int) -> int:
 def give_back(address: int) -> None:
     """What was borrowed: whoever gets it next uses it on the same stream, and so later."""
     torch._C._cuda_cudaCachingAllocator_raw_delete(address)
+
+
+@lru_cache(maxsize=512)
+def ctas_at_once(function: Any, threads: int, shared: int, device: Device) -> int:
+    """CTAs with so many bytes of dynamic shared memory that run at once on all multiprocessors."""
+    occupancy = driver_module().cuOccupancyMaxActiveBlocksPerMultiprocessor
+    return device.multiprocessors * checked(occupancy(function, threads, shared), "cuOccupancyMaxActiveBlocks")
 
 
 @lru_cache(maxsize=512)

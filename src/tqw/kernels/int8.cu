@@ -1,4 +1,4 @@
-// T(x) and V in 8 bits, for the product of middle.cu: appended to linear.cu and wgmma.cu.
+// T(x) and V in 8 bits, for the products of middle.cu and prompt.cu: appended to linear.cu and wgmma.cu.
 //
 // The inputs are divided into SPREAD parts. T(x) is int8 with one scale for each token and part, V with one for each row
 // and part, the largest of its weight scales (row_scale): a table for each row and group, made on the way, has level *
@@ -13,7 +13,7 @@
 //
 // COLUMNS    tokens that are side by side       SPREAD    parts of the inputs       SPREAD_THREADS    of a CTA of tqw_spread
 
-static_assert(TILE == 128 && PASSES == 1, "a tile is 128 inputs");
+static_assert(TILE == 128 && PASSES == 1 && ROTATE, "a tile is 128 inputs, rotated");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
 
 // Four values times a scale, of at most 127, rounded.
@@ -40,10 +40,33 @@ __device__ __forceinline__ void row_scales(const Params& p, i64 row0, i64 row1, 
   }
 }
 
+__device__ __forceinline__ float most_of_eight(const float (&v)[8], float most) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
+  return most;
+}
+
+// Of a token from its largest T(x) / NORM: T(x) = scale n, n = T(x) / NORM * inverse. A NaN or Inf makes the scale NaN
+// and so every output of the token.
+struct TokenScale {
+  float scale, inverse;
+};
+__device__ __forceinline__ TokenScale token_scale(float most) {
+  return {fmaf(most, NORM / 127, most - most), most > 0.f ? __fdividef(127.f, most) : 0.f};
+}
+
 #if PROMPT
-__device__ __forceinline__ void measure_rows(const Params& p, int cta);
+// The largest weight scales of rows, two for each quad of lanes.
+__device__ __forceinline__ void measure_rows(const Params& p, int cta) {
+  int row = (cta * SPREAD_THREADS + threadIdx.x) / 4 * 2, t = threadIdx.x & 3;
+  float most[2];
+  row_scales(p, min(row, p.out - 1), min(row + 1, p.out - 1), 0, TILES, t, most);
+  wait_for_previous_kernel();
+  if (t < 2 && row + t < p.out) p.row_scale[row + t] = t ? most[1] : most[0];
+}
 #endif
 
+#if !FETCHED
 static constexpr int PART = (TILES + SPREAD - 1) / SPREAD * TILE;  // inputs of a part, at most
 
 // T(x) of one token, or of a part of its inputs; with EXPERTS once for each of its pairs. x is read once.
@@ -66,33 +89,23 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, input(r));
   wait_for_previous_kernel();
 #if APART || PROMPT
-  for (int i = blockIdx.x * SPREAD_THREADS + threadIdx.x; i < p.arrivals; i += p.tokens * SPREAD * SPREAD_THREADS) p.arrived[i] = 0;
+  clear_counts(p, blockIdx.x * SPREAD_THREADS + threadIdx.x, p.tokens * SPREAD * SPREAD_THREADS);
 #endif
-  auto rotate = [&](float (&v)[8]) {
-#if ROTATE
-    hadamard_sums(v, lane);
-#endif
-  };
-  auto measure = [&](const float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(v[i]));
-  };
 #pragma unroll
   for (int r = 0; r < KEPT; r++) scaled_inputs(p, token, input(r), channel[r], v[r]);
 #pragma unroll
-  for (int r = 0; r < KEPT; r++) rotate(v[r]), measure(v[r]);
+  for (int r = 0; r < KEPT; r++) hadamard_sums(v[r], lane), most = most_of_eight(v[r], most);
 #pragma unroll 1
   for (int r = KEPT; r < ROUNDS; r++) {  // the rest is read again
     float w[8];
     scaled_inputs(p, token, input(r), w);
-    rotate(w), measure(w);
+    hadamard_sums(w, lane), most = most_of_eight(w, most);
   }
   most = most_of_warps<SPREAD_THREADS / 32>(most);
-  // A NaN or Inf makes the scale NaN and so every output of the token.
-  float scale = fmaf(most, (ROTATE ? NORM : 1.f) / 127, most - most), inverse = most > 0.f ? __fdividef(127.f, most) : 0.f;
+  TokenScale of_token = token_scale(most);
   // Eight inputs in 8 bits; of a quad's neighbours t and t ^ 1 one takes all lower words, one the upper ones.
   auto rounded = [&](const float (&v)[8]) {
-    u32 low = in_8_bits(v, inverse), high = in_8_bits(v + 4, inverse);
+    u32 low = in_8_bits(v, of_token.inverse), high = in_8_bits(v + 4, of_token.inverse);
     if (PROMPT) return make_uint2(low, high);
     u32 other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
     return t & 1 ? make_uint2(other, high) : make_uint2(low, other);
@@ -102,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   for (int r = 0; r < KEPT; r++) bytes[r] = rounded(v[r]);
   int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
   auto store_column = [&](int column) {
-    if (threadIdx.x == 0) p.plane_scale[part * columns + column] = scale;
+    if (threadIdx.x == 0) p.plane_scale[part * columns + column] = of_token.scale;
     u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + (PROMPT ? lane & 1 : t / 2) * 8;
     auto store = [&](uint2 bytes, int k) {
       int chunk = PROMPT ? k % 32 / 16 * 4 + t : k % 32 / 8 * 2 + (t & 1);
@@ -114,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
     for (int r = KEPT; r < ROUNDS; r++) {
       float w[8];
       scaled_inputs(p, token, input(r), w);
-      rotate(w), store(rounded(w), input(r));
+      hadamard_sums(w, lane), store(rounded(w), input(r));
     }
   };
 #if EXPERTS
@@ -129,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   store_column((int)token);  // a token is its own column
 #endif
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------- V in 8 bits
 

@@ -1,6 +1,6 @@
 // y = T(x) V^T + b for packed codes, one launch: T(x) = H (a * x), V[n,k] = weight_scale[n, k / G] * level[code[n,k]].
 //
-// Compiled at run time by NVRTC, one module for each set of the macros below (cuda.py sets them), without any header.
+// Compiled at run time by NVRTC, one module for each set of the macros below (cuda_plan.py sets them), without any header.
 //
 // Arithmetic. T(x) is held as fixed point with one scale for each token and tile of TILE inputs: 16 bits in two int8
 // planes, T(x) = s (256 high + low), or 8 bits in one. Weights are the A operand of mma.m16n8k32 (int8, exact int32
@@ -94,6 +94,10 @@ __device__ __forceinline__ u16 float_to_bfloat(float f) {
   u16 h;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+// An input, output or bias of 16 bits.
+__device__ __forceinline__ float value_16(u16 bits) {
+  return X_TYPE == 1 ? half_to_float(bits) : __uint_as_float((u32)bits << 16);
 }
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float m;
@@ -382,10 +386,11 @@ __device__ __forceinline__ void hadamard(float* v, int lane) {
   for (int i = 0; i < 8; i++) v[i] *= NORM;
 }
 
-// The largest of COUNT warps.
+// The largest of COUNT warps. Calls of a loop need memory in turns: warps still read when the first ones come again.
 template <int COUNT>
-__device__ __forceinline__ float most_of_warps(float most) {
-  __shared__ float most_of_warp[COUNT];
+__device__ __forceinline__ float most_of_warps(float most, int turn = 0) {
+  __shared__ float memory[2][COUNT];
+  float* most_of_warp = memory[turn];
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) most = max_or_nan(most, __shfl_xor_sync(~0u, most, bit));
   if (threadIdx.x % 32 == 0) most_of_warp[threadIdx.x / 32] = most;
@@ -634,10 +639,10 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int row
   if (p.bias) value += ((const float*)p.bias)[row];
   ((float*)p.y)[index] = value;
 #elif X_TYPE == 1
-  if (p.bias) value += half_to_float(((const u16*)p.bias)[row]);
+  if (p.bias) value += value_16(((const u16*)p.bias)[row]);
   ((u16*)p.y)[index] = float_to_half(value);
 #else
-  if (p.bias) value += __uint_as_float((u32)((const u16*)p.bias)[row] << 16);
+  if (p.bias) value += value_16(((const u16*)p.bias)[row]);
   ((u16*)p.y)[index] = float_to_bfloat(value);
 #endif
 }

@@ -1,9 +1,7 @@
-// y = T(x) V^T + b for dozens of tokens and more, on sm_90: appended to linear.cu, wgmma.cu and, COARSE, int8.cu, whose
-// macros, decoders and instructions it uses.
+// y = T(x) V^T + b for dozens of tokens and more, on sm_90: appended to linear.cu, wgmma.cu and fp16.cu or, COARSE,
+// int8.cu, whose macros, decoders and instructions it uses.
 //
-// Arithmetic. T(x) is fp16 with one power of two for each token; V is rounded to fp16 (levels are exact, the product
-// with weight_scale rounds once); wgmma sums in float32. COARSE: both are int8 and the sums int32 (int8.cu). Decoded
-// weights are the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one
+// Decoded weights are the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one
 // bulk copy: tqw_spread writes it in that order.
 //
 // A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs. The SPLIT CTAs add up, in a
@@ -12,7 +10,6 @@
 //
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      parts of the inputs                        STAGES       stages of the ring
-// SPREAD     fp16: CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
 // COARSE     1: T(x) and V of 8 bits; one pass, PLANES = 1, SPREAD = SPLIT: scales for each part
 // APART      1: the CTAs that share the inputs are no cluster (COARSE)
 // EXPERTS    1: a token is a pair (token, expert), a CTA's columns are pairs of one expert, which tqw_route brings
@@ -23,126 +20,7 @@ static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
 static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
                                                                                  : COLUMNS * SUM_PITCH * 4;
 
-#if !COARSE
-// Byte offset, in T(x) as the product reads it, of the chunk that holds inputs k, k + 1 of a token; chunks k + 2, 4, 6
-// follow 16 swizzled bytes apart. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile, two for each register of A.
-__device__ __forceinline__ i64 spread_offset(int token, int k) {
-  int t = k % TILE / 32, word = k % 32 / 8;
-  return ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) +
-         token % COLUMNS * 128 + t * 4;
-}
-__device__ __forceinline__ void spread_store(const Params& p, int token, int k, const float* v) {
-  u8* to = p.planes + spread_offset(token, k);
-  int first = 4 * (k % 16 / 8), row = token & 7;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    *(u32*)(to + ((first + i) ^ row) * 16) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
-}
-
-// T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
-// its own column; with EXPERTS each pair has one, and the outputs of an expert that does not exist become 0.
-extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_constant__ Params p) {
-#if SPREAD > 1
-  __shared__ float most_of_cta[SPREAD];
-#endif
-  constexpr int STRIDE = 2048 * SPREAD, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE;
-  constexpr int KEPT = ROUNDS < 8 ? ROUNDS : 8;  // the rest is read again
-  int rank = blockIdx.x % SPREAD, lane = threadIdx.x & 31;
-#if EXPERTS
-  int token = blockIdx.x / p.choices;
-#else
-  int token = blockIdx.x / SPREAD, column = token;
-#endif
-  int first = rank * 2048 + threadIdx.x * 8;
-  allow_next_kernel();
-#if SPREAD > 1
-  cluster_signal();  // all have begun before one writes to another
-#endif
-  float a[KEPT][8], v[KEPT][8], most = 0.f;
-#if SCALED
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) channel_scales(p, r * STRIDE + first, a[r]);
-#endif
-  wait_for_previous_kernel();
-#if EXPERTS
-  int column = p.column[blockIdx.x];
-  if (column < 0) return clear_outputs(p, blockIdx.x);
-#endif
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) {
-    load_inputs(p, token * p.x_stride, r * STRIDE + first, v[r]);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (SCALED) v[r][i] *= a[r][i];
-      most = max_or_nan(most, fabsf(v[r][i]));
-    }
-  }
-#pragma unroll 1
-  for (int r = KEPT; r < ROUNDS; r++) {
-    float w[8];
-    scaled_inputs(p, token, r * STRIDE + first, w);
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max_or_nan(most, fabsf(w[i]));
-  }
-  most = most_of_warps<8>(most);
-#if SPREAD > 1
-  cluster_wait();
-  if (threadIdx.x < SPREAD)
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_of_rank(shared_address(most_of_cta + rank), threadIdx.x)), "f"(most)
-                 : "memory");
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
-#pragma unroll
-  for (int r = 0; r < SPREAD; r++) most = max_or_nan(most, most_of_cta[r]);
-#endif
-  // |T(x)| <= sqrt(128) most < 23 * 2^e: below 2^15 after the division
-  float scale = most > 0.f ? __uint_as_float(__float_as_uint(most) & 0x7F800000u) * 0x1p-10f : 1.f;
-  if (!(most < 3e38f)) scale = most - most;  // NaN for NaN and Inf: every output of the token is NaN
-  if (scale < 0x1p-120f) scale = 0x1p-120f;
-  float inverse = 1.f / scale;
-  if (rank == 0 && threadIdx.x == 0) p.plane_scale[column] = scale;
-  auto store = [&](float (&values)[8], int k) {
-#if ROTATE
-    hadamard(values, lane);
-#endif
-    if (k >= IN_PADDED) return;
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] *= inverse;
-    spread_store(p, column, k, values);
-  };
-#pragma unroll
-  for (int r = 0; r < KEPT; r++) store(v[r], r * STRIDE + first);
-#pragma unroll 1
-  for (int r = KEPT; r < ROUNDS; r++) {
-    float w[8];
-    scaled_inputs(p, token, r * STRIDE + first, w);
-    store(w, r * STRIDE + first);
-  }
-}
-#endif
-
-// ------------------------------------------------------------------------------------------------- fp16 and sums
-
-__device__ __forceinline__ u32 half2_op_subtract(u32 a, u32 b) {
-  u32 d;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
-  u32 d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
-static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
-static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
-
-// Four biased levels times a scale (twice in one register): two registers of fp16 pairs. 0x6400 | byte is 1024 + byte.
-__device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& high) {
-  low = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
-  high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
-}
+// ------------------------------------------------------------------------------------------- operands and sums
 
 #if COARSE
 // A of two k32 steps of a tile, by the tables of its two rows.
@@ -154,6 +32,8 @@ __device__ __forceinline__ void prepare(const RowLevels* table, const Unit& unit
   }
 }
 #else
+static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
+
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
 __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, int half, u32 (*a)[4]) {
@@ -246,8 +126,8 @@ __device__ __forceinline__ void store_eight(const Params& p, int token, int row,
     u32 words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      value[2 * i] += X_TYPE == 1 ? half_to_float((u16)words[i]) : __uint_as_float(words[i] << 16);
-      value[2 * i + 1] += X_TYPE == 1 ? half_to_float((u16)(words[i] >> 16)) : __uint_as_float(words[i] & 0xFFFF0000u);
+      value[2 * i] += value_16((u16)words[i]);
+      value[2 * i + 1] += value_16((u16)(words[i] >> 16));
     }
   }
   *(uint4*)((u16*)p.y + (i64)token * p.out + row) = make_uint4(

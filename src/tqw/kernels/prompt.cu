@@ -1,6 +1,6 @@
-// y = T(x) V^T + b for prompts, on sm_90: appended to linear.cu, wgmma.cu and int8.cu.
+// y = T(x) V^T + b for prompts, on sm_90: appended to linear.cu, wgmma.cu and int8.cu, whose arithmetic it has with one
+// part of the inputs.
 //
-// Arithmetic of int8.cu with one part: T(x) is int8 with one scale for each token, V with one for each row, int32 sums.
 // V is decoded once for all tokens, into memory that mostly stays in the L2 cache (middle.cu decodes it again for each
 // 256 tokens, and what that takes of the card's power its products lack), by warps of the kernel that multiplies.
 //
@@ -13,16 +13,92 @@
 // fetches, up to STAGES tiles ahead, of the next cell, too, while the others store; three decode.
 //
 // Nobody waits for a CTA that does not run yet: strips of V go to whoever asks, and cells wait for strips only.
+//
+// DECODED    tiles of a strip of V       FETCHED    1: rows of x come to shared memory (as many inputs as to need it)
 
 static constexpr int ROWS = 256, ROWS_BYTES = ROWS * TILE, STAGE = ROWS_BYTES + STAGE_BYTES;
 static constexpr int ABREAST = 8;  // pairs of token blocks that pass over the rows together
 static_assert(COLUMNS == 128 && CLUSTER == 2 && SPREAD == 1, "a cell is 256 tokens");
 
+#if FETCHED
+// ------------------------------------------------------------------------------------------------ T(x) of many inputs
+
+// T(x) of some tokens for each CTA, one after the other, while the next two are on their way. The last CTAs measure rows.
+static constexpr int STRIDE = 8 * SPREAD_THREADS, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 4 ? ROUNDS : 4;
+extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __grid_constant__ Params p) {
+  constexpr int WARPS_OF_CTA = SPREAD_THREADS / 32, ROW_BYTES = 2 * IN_PADDED;
+  extern __shared__ __align__(128) u8 rows_of_x[];  // two; their barriers
+  u32 row0 = shared_address(rows_of_x), arrived = row0 + 2 * ROW_BYTES;
+  int lane = threadIdx.x & 31, t = lane / 4 % 4, first = threadIdx.x * 8, last = first + (KEPT - 1) * STRIDE;
+  int ctas = gridDim.x - (2 * p.out + SPREAD_THREADS - 1) / SPREAD_THREADS;
+  allow_next_kernel();
+  if ((int)blockIdx.x >= ctas) return measure_rows(p, blockIdx.x - ctas);
+  if (threadIdx.x == 0) {
+    barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  auto fetch = [&](i64 token, int slot) {
+    if (!p.vectors || threadIdx.x || token >= p.tokens) return;
+    barrier_expect(arrived + 8 * slot, 2 * p.in);
+    copy_bulk(row0 + slot * ROW_BYTES, (const u16*)p.x + token * p.x_stride, 2 * p.in, arrived + 8 * slot);
+  };
+  fetch(blockIdx.x, 0), fetch(blockIdx.x + (i64)ctas, 1);
+  clear_counts(p, blockIdx.x * SPREAD_THREADS + threadIdx.x, ctas * SPREAD_THREADS);
+  int turn = 0;
+  for (i64 token = blockIdx.x; token < p.tokens; token += ctas, turn++) {
+    int slot = turn & 1;
+    const u8* row = rows_of_x + slot * ROW_BYTES;
+    auto scaled = [&](int k, float(&v)[8]) {
+      Raw raw = {};
+      if (!p.vectors)
+        raw = load_raw(p, token * p.x_stride, k);
+      else if (k < p.in)
+        read_words<16>(raw.words, row + 2 * k);
+      scaled_values(raw, channel_bytes(p, k), v);
+    };
+    float v[KEPT][8], most = 0.f;
+    if (p.vectors) barrier_wait(arrived + 8 * slot, turn >> 1 & 1);
+#pragma unroll
+    for (int r = 0; r < KEPT; r++) scaled(first + r * STRIDE, v[r]);
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < KEPT; r++) hadamard_sums(v[r], lane), most = most_of_eight(v[r], most);
+#pragma unroll 1
+    for (int k = last + STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {  // the rest is read again
+      float w[8];
+      scaled(k, w), hadamard_sums(w, lane), most = most_of_eight(w, most);
+    }
+    TokenScale of_token = token_scale(most_of_warps<WARPS_OF_CTA>(most, slot));
+    if (ROUNDS == KEPT) fetch(token + 2 * (i64)ctas, slot);  // all have read the row
+    if (threadIdx.x == 0) p.plane_scale[token] = of_token.scale;
+    u8* block = p.planes + token / COLUMNS * TILES * STAGE_BYTES + token % COLUMNS * 128 + (lane & 1) * 8;
+    auto store = [&](int k, const float(&v)[8]) {
+      int chunk = k % 32 / 16 * 4 + t ^ (int)token & 7;
+      uint2 eight = make_uint2(in_8_bits(v, of_token.inverse), in_8_bits(v + 4, of_token.inverse));
+      if (k < IN_PADDED) *(uint2*)(block + k / TILE * STAGE_BYTES + chunk * 16) = eight;
+    };
+#pragma unroll
+    for (int r = 0; r < KEPT; r++) store(first + r * STRIDE, v[r]);
+    if constexpr (ROUNDS > KEPT) {
+#pragma unroll 1
+      for (int k = last + STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {
+        float w[8];
+        scaled(k, w), hadamard_sums(w, lane), store(k, w);
+      }
+      __syncthreads();
+      fetch(token + 2 * (i64)ctas, slot);
+    }
+  }
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------ V in memory
 
 // V is decoded by strips of 16 rows and DECODED tiles. Of the blocks of rows that are computed at the same time all have
 // their first tiles first, so that products can begin.
-static constexpr int DECODED = 4, PARTS = (TILES + DECODED - 1) / DECODED, STRIPS = ROWS / 16;
+static constexpr int PARTS = (TILES + DECODED - 1) / DECODED, STRIPS = ROWS / 16;
 
 struct StripOfV {
   Unit units[DECODED];
@@ -77,15 +153,6 @@ __device__ __forceinline__ bool has_count(const int* count, int number) {
   return now >= number;
 }
 
-// The largest weight scales of rows, two for each quad of lanes: CTAs of tqw_spread beyond those of its tokens.
-__device__ __forceinline__ void measure_rows(const Params& p, int cta) {
-  int row = (cta * SPREAD_THREADS + threadIdx.x) / 4 * 2, t = threadIdx.x & 3;
-  float most[2];
-  row_scales(p, min(row, p.out - 1), min(row + 1, p.out - 1), 0, TILES, t, most);
-  wait_for_previous_kernel();
-  if (t < 2 && row + t < p.out) p.row_scale[row + t] = t ? most[1] : most[0];
-}
-
 // ------------------------------------------------------------------------------------------------------ the product
 
 // Where in the product the n-th cell is: cells that are computed at the same time share tokens and rows, so that both
@@ -97,9 +164,6 @@ __device__ __forceinline__ Cell cell_at(int n, int blocks_of_rows, int blocks_of
   int first = n / (blocks_of_rows * ABREAST) * ABREAST, within = n - first * blocks_of_rows;
   int blocks = min(ABREAST, blocks_of_tokens - first);
   return {within / blocks, first + within % blocks};
-}
-__device__ __forceinline__ float value_16(u16 bits) {
-  return X_TYPE == 1 ? half_to_float(bits) : __uint_as_float((u32)bits << 16);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) tqw_prompt(const __grid_constant__ Params p) {

@@ -32,6 +32,13 @@ typedef int Sum;
 #else
 typedef float Sum;
 #endif
+#if APART || PROMPT
+// Counters that the product starts from, by the kernel before it.
+__device__ __forceinline__ void clear_counts(const Params& p, int first, int step) {
+  for (int i = first; i < p.arrivals; i += step) p.arrived[i] = 0;
+}
+#endif
+
 #if PROMPT
 // d = a b, or d += a b, later; both in shared memory.
 __device__ __forceinline__ void multiply_shared(Sum* d, u64 a, u64 b, bool add) {

@@ -1,0 +1,591 @@
+"""How a call's work is divided on a GPU: for each kernel of linear.cu and what is appended to it the macros that it is
+compiled with, and its launches. Every choice here was measured on one H100; none changes what is computed but for which
+operands have 8 bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from tqw.codebook import levels
+from tqw.kernels.cuda_launch import Device, Launch, ctas_at_once, load, resident
+
+_DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
+_WIDE_TOKENS = 12  # or up to here, of many inputs, where both operands may have 8 bits
+_ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
+MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
+_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
+_COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
+PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
+PROMPT_TOKENS, _PROMPT_PRODUCTS = 1024, 1 << 35  # from so many of both on V is decoded once for all tokens (H100)
+_COARSE_BYTES = 64 << 20  # of T(x) in 8 bits in the middle kernel; more are a prompt
+_MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
+_COLUMNS = (8, 16, 32, 64, 96, 128, 192, 256)  # of a CTA of middle.cu
+_GROUPED_PAIRS = 1.25  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
+_GROUPED_PAIRS_OF_FEW_INPUTS = 0.7  # up to 2,048 inputs
+_PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The macros of linear.cu: one compiled module for each value."""
+
+    bits: tuple[int, ...]
+    padded_in: int
+    group: int
+    tile: int
+    block: int
+    rotate: bool
+    scaled: bool
+    x_type: int
+    planes: int = 2
+    column_tiles: int = 1
+    fused: bool = True
+    cluster: int = 1
+    split: int = 1
+    warps: int = 16
+    share: int = 16
+    ring: int = 1
+    early: int = 1
+    unroll: int = 1
+    halves: bool = False
+    min_ctas: int = 1
+    small: bool = False
+    experts: bool = False
+    columns: int = 0  # of middle.cu; 0: it is no part of the module
+    warpgroups: int = 1
+    stages: int = 4
+    spread: int = 1
+    coarse: bool = False
+    apart: bool = False
+    prompt: bool = False
+
+    def source(self) -> str:
+        macros = {
+            "BITS": ",".join(map(str, self.bits)), "PASSES": len(self.bits), "IN_PADDED": self.padded_in,
+            "GROUP": self.group, "TILE": self.tile, "BLOCK": self.block, "ROTATE": int(self.rotate),
+            "SCALED": int(self.scaled), "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles,
+            "FUSED": int(self.fused),
+            "CLUSTER": 1 if self.apart else max(self.cluster, self.split), "SPLIT": self.split,
+            "WARPS": self.warps, "SHARE": self.share,
+            "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
+            "MIN_CTAS": self.min_ctas,
+            "SMALL": int(self.small), "EXPERTS": int(self.experts),
+        }  # fmt: skip
+        macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
+        files = ["linear.cu"]
+        if self.columns:
+            macros |= {
+                "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
+                "COARSE": int(self.coarse), "APART": int(self.apart), "SPREAD_THREADS": self.spread_threads(),
+                "PROMPT": int(self.prompt), "DECODED": PROMPT_TILES,
+                "FETCHED": int(self.prompt and self.rows_ahead() > 0), **_wgmma(self.columns, self.coarse, self.prompt),
+            }  # fmt: skip
+            files += ["wgmma.cu", *["route.cu"] * self.experts, "int8.cu" if self.coarse else "fp16.cu"]
+            files += ["prompt.cu" if self.prompt else "middle.cu"]
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
+
+    def shared_bytes(self, tokens: int, batch: int) -> int:
+        """Dynamic shared memory of the decode kernel: ring, barrier, warp sums, planes, plane scales."""
+        scales = 16 * max(4, 2 * self.tile // self.group)
+        ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + scales for bits in self.bits)
+        sums = 2 * batch * self.warps * 16 * tokens * 4
+        of_rank = self.padded_in // self.split
+        planes = tokens * self.planes * (of_rank + 16) + 4 * of_rank // self.tile * self.scale_pitch()
+        return ring + 16 + sums + planes
+
+    def scale_pitch(self) -> int:
+        """Scales of T(x) for each tile in the decode kernel, with those of columns that no token has."""
+        return 8 * self.column_tiles // self.planes
+
+    def transform_ctas(self, tokens: int) -> int:
+        """Eight warps each, of a kernel that transforms 256 inputs of a token with each warp."""
+        return -(-(-(-self.padded_in // 256) * tokens) // 8)
+
+    def spread_threads(self) -> int:
+        """Threads of a CTA that transforms a token, or a part of its inputs, for the middle kernel and for prompts."""
+        part = -(-(self.padded_in // self.tile) // self.spread) * self.tile
+        if not self.coarse:
+            return 256
+        return 128 if part <= 1024 else 256 if part <= 8192 else 1024 if self.prompt and 16384 < part <= 32768 else 512
+
+    def stage_bytes(self) -> int:
+        """T(x) of a tile in the middle kernel."""
+        return self.columns * self.tile * (1 if self.coarse else 2)
+
+    def prompt_bytes(self) -> int:
+        """Dynamic shared memory of the kernel for prompts: stages, barriers; scale and bias of rows, for two cells."""
+        return self.stages * ((self.columns + 256) * 128 + 16) + 2 * 256 * 8
+
+    def rows_ahead(self) -> int:
+        """Dynamic shared memory of the kernel that transforms prompts: two rows of x, their barriers. 0: so few inputs
+        that many CTAs on a multiprocessor do as well (H100), or too many for it."""
+        size = 4 * self.padded_in + 16
+        return size if self.padded_in > 8192 and size <= _MULTIPROCESSOR_BYTES - 4096 else 0
+
+    def block_bytes(self) -> int:
+        """T(x) of COLUMNS tokens in the middle kernel."""
+        return self.padded_in // self.tile * self.stage_bytes()
+
+    def ring_bytes(self) -> int:
+        """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
+        stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
+        return stages + 16 * self.stages + 4 * self.columns
+
+
+@dataclass(frozen=True)
+class Combine:
+    """The macros of combine.cu."""
+
+    y_type: int
+    weight_type: int
+    count: int  # outputs of a thread
+
+    def source(self) -> str:
+        macros = {"Y_TYPE": self.y_type, "W_TYPE": self.weight_type, "COUNT": self.count}
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + _source("combine.cu")
+
+
+def _wgmma(columns: int, coarse: bool, prompt: bool) -> dict[str, str]:
+    """Macros of the wgmma that names each of its accumulators: 64 rows in registers times `columns` tokens; for prompts
+    64 tokens times 256 rows, both in shared memory."""
+    columns = 256 if prompt else columns
+    count, registers = columns // 2, 1 if prompt else 4
+    sums, a = (",".join(f"%{first + i}" for i in range(many)) for first, many in ((0, count), (count, registers)))
+    b, add = count + registers, count + registers + 1
+    kind, options = ("k32.s32.s8.s8", "p") if coarse else ("k16.f32.f16.f16", "p, 1, 1, 0")
+    a = a if prompt else f"{{{a}}}"
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{sums}}}, {a}, %{b}, {options};"
+    register = "r" if coarse else "f"
+    return {
+        "WGMMA": f'"{{\\n.reg .pred p;\\nsetp.ne.u32 p, %{add}, 0;\\n{instruction}\\n}}\\n"',
+        "WGMMA_SUMS": ",".join(f'"+{register}"(d[{i}])' for i in range(count)),
+    }
+
+
+@lru_cache(maxsize=16)
+def _source(name: str) -> str:
+    return resources.files("tqw.kernels").joinpath(name).read_text()
+
+
+@lru_cache(maxsize=512)
+def _function(variant: Variant | Combine, name: str, device: Device) -> Any:
+    """The loaded kernel."""
+    return load(variant.source(), name, device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel of this file takes so many tokens: what it needs for T(x), and its launches."""
+
+    plane_bytes: int
+    scale_count: int
+    launches: tuple[Launch, ...]
+    batch: int = 1
+    blocks: int = 0  # of pairs of one expert, at most; 0: each pair on its own
+    part_bytes: int = 0  # sums that CTAs leave for each other
+    arrivals: int = 0  # tiles that they share
+
+    def scratch(self, pairs: int) -> dict[str, int]:
+        """Bytes of T(x), its scales and, where they are, sums of parts of the inputs, and the order of the pairs."""
+        scales = 4 * self.scale_count
+        sizes = {"planes": self.plane_bytes, "plane_scale": scales} if self.plane_bytes else {}
+        if self.arrivals:
+            sizes |= {"parts": self.part_bytes, "arrived": 4 * self.arrivals}
+        if self.blocks:
+            sizes |= {"block": 8 * self.blocks, "pair": scales, "column": 4 * pairs}
+        return sizes
+
+
+def _shares(tiles: int, strips: int, each: float = 1) -> tuple[int, int]:
+    """Warps of a CTA, about 16, and how many of them share the tiles of each of its `strips` evenly.
+
+    each: strips of a multiprocessor. Few tiles are shared by fewer warps, which take two turns, for more strips at
+    once: to add up their sums takes as long as a turn."""
+    least, most = 8, 20
+    if strips == 1 and tiles <= most:
+        strips = next(n for n in (4, 2, 1) if n == 1 or (n < 2 * each and 2 * (most // n) >= tiles))
+        share = -(-tiles // -(-tiles // (most // strips)))
+        return share * strips, share
+    shares = (share for share in range(1, tiles + 1) if least <= share * strips <= most)
+    turns = {share: -(-tiles // share) for share in shares}
+    share = min(turns, key=lambda s: turns[s] * s / tiles + 0.01 * abs(s * strips - 16), default=tiles)
+    return share * strips, share
+
+
+def _turns(tiles: int, each: float, warps: int, share: int) -> float:
+    """Turns of 16 warps that the strips of a multiprocessor take; for 9 to 16 tokens adding up the sums takes 0.4 of
+    one, however many strips a CTA works on at once."""
+    return -(-each * share // warps) * (-(-tiles // share) * warps / 16 + 0.4)
+
+
+def _sizes(base: Variant, out: int, device: Device) -> tuple[bool, bool]:
+    """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
+    return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
+
+
+def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
+    """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
+    tiles, strips = base.padded_in // base.tile, -(-out // 16)
+    many, wide = _sizes(base, out, device)
+    clustered = device.clusters and strips >= 8
+    planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
+    each = strips / device.multiprocessors
+    # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
+    fused = base.experts or (tokens == 1 and tiles <= 224)
+    plain = fused and not base.experts
+    # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
+    whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
+    halved = tiles > 120 and each < 3 if plain else wide and not whole
+    split = 2 if halved and clustered and tiles % 2 == 0 else 1
+    multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
+    warps, share = (16, 8) if plain and halved else _shares(tiles // split, split, each)
+    if many and split == 1 and tokens > 8 and tiles > 20:
+        warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
+    if tokens > 8:
+        ring, early = 3 if many else 2, 2
+    elif many:
+        ring, early = 5, 3
+    elif not fused:
+        ring, early = (4, 2) if wide else (3, 2)
+    elif base.experts or not wide:
+        ring, early = (2, 2) if wide else (4, 1)
+    else:  # codes on their way delay x: the less, the more multiprocessors the last strips leave idle
+        thin = each / math.ceil(each) < 0.83
+        ring, early = (5, 3) if thin else (4 if split == 2 else 3, 1)
+    return replace(
+        base,
+        planes=planes,
+        column_tiles=next(n for n in (1, 2, 4) if 8 * n >= tokens * planes),
+        fused=fused,
+        cluster=2 if multicast else 1,
+        split=split,
+        warps=warps,
+        share=share,
+        ring=ring,
+        early=early,
+        unroll=2,
+        halves=tokens * planes <= 16,
+        small=out < 16,
+    )
+
+
+def _decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> Plan | None:
+    """The decode kernel for a few tokens; None: the transformed tokens do not fit.
+
+    pairs: so many times one token, each with an expert of its own.
+    """
+    limit = device.shared_bytes
+    while variant.shared_bytes(tokens, 1) > limit:
+        if variant.ring == 1:
+            return None
+        variant = replace(variant, ring=variant.ring - 1)
+    cluster, function = max(variant.cluster, variant.split), _function(variant, "tqw_decode", device)
+    sets = -(-out // 16 // (variant.warps // variant.share))
+    places = max(1, resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
+    across = min(-(-sets // cluster) * cluster if cluster > variant.split else sets, places)  # CTAs or split CTAs
+    batches = range(min(8, -(-sets // across)), 0, -1)  # sets of strips for one barrier: the most that fit
+    batch = next(batch for batch in batches if variant.shared_bytes(tokens, batch) <= limit)
+    shared, ctas = variant.shared_bytes(tokens, batch), across * variant.split
+    if ctas * pairs <= device.multiprocessors:
+        shared = max(shared, _to_spread(ctas * pairs, device))
+    decode = Launch(function, (ctas, pairs), 32 * variant.warps, shared, device, cluster)
+    if variant.fused:
+        return Plan(0, 0, (decode,), batch)
+    tiles, grid = variant.padded_in // variant.tile, (variant.transform_ctas(tokens), 1)
+    transform_x = Launch(_function(variant, "tqw_transform", device), grid, 256, 0, device)
+    scales = tiles * variant.scale_pitch()
+    return Plan(variant.planes * tokens * variant.padded_in, scales, (transform_x, decode), batch)
+
+
+def _to_spread(ctas: int, device: Device) -> int:
+    """Dynamic shared memory with which no multiprocessor takes more CTAs than the even share of them.
+
+    Without it some take two where one is the share, while others are held by the kernel before or not in a cluster's
+    reach, and two CTAs on one take twice as long."""
+    share = -(-ctas // device.multiprocessors)
+    return (device.shared_bytes + 1024) // (share + 1)
+
+
+def _is_small(base: Variant, tokens: int, out: int) -> bool:
+    """Whether there are so few weights for so many tokens that dense rows can be faster."""
+    return base.x_type > 0 and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
+
+
+def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
+    """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
+
+    Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
+    if not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    small = _is_small(base, tokens, out)
+    if takes_8_bits(base, device):
+        return None if small and out <= 1024 else _coarse_variant(base, tokens, out, device)
+    if small or tokens > MIDDLE_TOKENS:
+        return None
+    _, wide = _sizes(base, out, device)
+    if wide and tokens <= 128:
+        base = replace(base, spread=8)
+    units, blocks = device.multiprocessors, -(-tokens // 256)
+    groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
+    if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
+        return None  # the last wave would be too thin
+    least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
+    columns = next(c for c in _COLUMNS if c >= max(least, -(-tokens // blocks)))
+    few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
+    warpgroups = (2, 1) if few and columns > 64 else (1,) if few else (2,)
+    divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
+    best = min(divisions, key=lambda division: (division.cost, division.split > 2 and division.warpgroups == 2))
+    # two CTAs on a multiprocessor hide each other's waits where their registers fit
+    pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
+    base = replace(base, columns=columns, warpgroups=best.warpgroups, split=best.split, min_ctas=2 if pair else 1)
+    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
+    most = 2 if columns == 256 else most
+    each = device.shared_bytes // best.ctas - 1024
+    return replace(
+        base, stages=next((n for n in range(most, 2, -1) if replace(base, stages=n).ring_bytes() <= each), 2)
+    )
+
+
+def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
+    """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
+
+    The cost is in tiles of 64 rows, fitted to 15 shapes of 32 to 1,024 tokens on one H100."""
+    blocks = -(-tokens // 256)
+    columns = next(c for c in _COLUMNS if c >= -(-tokens // blocks))
+    tiles = base.padded_in // base.tile
+
+    def cost(warpgroups: int, split: int, apart: bool) -> float:
+        groups, together = -(-out // (64 * warpgroups)) * blocks, _together(columns) // warpgroups
+        each = _of_each(groups * split, 1 if apart else split, device)
+        if split > 1 and (each > together or tiles < 2 * split):
+            return math.inf
+        alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
+        alone *= (0.55 if warpgroups == 1 else 0.3) * 64 / max(64, columns)
+        if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
+            alone += 0.15 * each
+        adding = 0 if split == 1 else 10 + 2 * split if apart else 3.5 * split
+        adding *= min(1, columns / 64) ** 0.5
+        fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
+        return (each + alone) * -(-tiles // split) * warpgroups + adding + fetching
+
+    # a cluster of more than eight is not for every GPU
+    shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
+    # on all multiprocessors CTAs of 64 rows would fetch T(x) faster than the L2 cache delivers it
+    many = columns > 128 and -(-out // 64) * blocks > device.multiprocessors
+    divisions = [(warpgroups, *how) for warpgroups in ((2,) if many else (1, 2)) for how in ((1, False), *shared)]
+    return coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
+
+
+def _together(columns: int) -> int:
+    """Warpgroups of middle.cu with operands of 8 bits whose registers a multiprocessor holds."""
+    return 4 if columns <= 64 else 3 if columns <= 128 else 2
+
+
+def coarse_of(base: Variant, columns: int, warpgroups: int, split: int = 1, apart: bool = False) -> Variant:
+    """As many stages as tiles whose codes are on their way, so that a stage's number is constant, where they fit."""
+    ctas = _together(columns) // warpgroups
+    variant = replace(
+        base, coarse=True, columns=columns, warpgroups=warpgroups, split=split, spread=split, apart=apart, stages=4,
+        min_ctas=ctas if columns <= 64 else 1,
+    )  # fmt: skip
+    fits = (variant.ring_bytes() + 1024) * ctas <= _MULTIPROCESSOR_BYTES
+    return variant if fits else replace(variant, stages=3)
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How CTAs of the middle kernel share its work."""
+
+    warpgroups: int
+    split: int
+    ctas: int  # of a multiprocessor at once
+    cost: float  # in tiles of 64 rows on a multiprocessor that is full of warps
+
+
+def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: Device) -> _Division:
+    """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
+    tiles = base.padded_in // base.tile
+    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
+    fit = max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
+
+    def division(split: int) -> _Division:
+        ctas = _of_each(groups * split, split, device)
+        together = min(ctas, fit)
+        warps = 4 * warpgroups * together
+        waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
+        waits *= (64 / max(64, columns)) ** 0.5
+        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
+        return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
+
+    splits = (
+        split
+        for split in range(1, min(8, tiles // 2 or 1) + 1)
+        if split == 1 or _of_each(groups * split, split, device) <= fit
+    )
+    return min(map(division, splits), key=lambda division: division.cost)
+
+
+def _of_each(ctas: int, cluster: int, device: Device) -> int:
+    """CTAs that a multiprocessor takes. Clusters of more than two leave a tenth of the multiprocessors out: not every
+    GPC has a multiple of them."""
+    return int(-(-ctas // (device.multiprocessors * (1 if cluster <= 2 else 0.9))))
+
+
+def middle_plan(
+    variant: Variant,
+    tokens: int,
+    out: int,
+    device: Device,
+    blocks: int = 0,
+    route: Launch | None = None,
+    choices: int = 1,
+) -> Plan:
+    """T(x) of `tokens` and the product; with `route`, which puts them in order, of pairs in at most so many blocks,
+    `choices` of each token."""
+    cells, rows = blocks or -(-tokens // variant.columns), -(-out // (64 * variant.warpgroups))
+    parts = variant.spread if variant.coarse else 1  # of the inputs, each with its own scales of T(x)
+    function, threads = _function(variant, "tqw_spread", device), variant.spread_threads()
+    grid = (tokens // (choices if variant.coarse else 1) * variant.spread, 1)
+    spread = Launch(function, grid, threads, 0, device, variant.spread // parts)
+    function, threads = _function(variant, "tqw_middle", device), 128 * variant.warpgroups
+    shared, cluster = variant.ring_bytes(), 1 if variant.apart else variant.split
+    if route is None:  # how many blocks of pairs there are is not known
+        shared = max(shared, _to_spread(rows * variant.split * cells, device))
+    product = Launch(function, (rows * variant.split, cells), threads, shared, device, cluster)
+    shared_cells = rows * cells if variant.apart else 0
+    sums = shared_cells * variant.split * 256 * variant.warpgroups * variant.columns
+    launches = (route, spread, product) if route else (spread, product)
+    scales = cells * variant.columns * parts
+    return Plan(cells * variant.block_bytes(), scales, launches, blocks=blocks, part_bytes=sums, arrivals=shared_cells)
+
+
+def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
+    """Whether V is better decoded once for all tokens (prompt.cu): where T(x) is much, and where products are so many
+    that they outweigh the time until the first rows are decoded."""
+    weights = out * base.padded_in
+    if not takes_8_bits(base, device) or (out <= 1024 and _is_small(base, tokens, out)):
+        return False
+    return tokens * base.padded_in > _COARSE_BYTES or tokens * weights > _PROMPT_PRODUCTS
+
+
+def takes_8_bits(base: Variant, device: Device) -> bool:
+    """Whether both operands may have 8 bits. One scale for a token is only for inputs without outliers: rotated."""
+    if not device.arch.startswith("sm_90") or base.tile != 128 or base.planes != 1 or len(base.bits) != 1:
+        return False
+    if not base.rotate or (base.group % 128 and base.group not in (32, 64)):
+        return False
+    return base.bits[0] <= _COARSE_BITS and 512 <= base.padded_in <= 1 << 17
+
+
+def prompt_variant(base: Variant) -> Variant:
+    """The variant of prompt.cu."""
+    return replace(base, coarse=True, prompt=True, columns=128, cluster=2, stages=4)
+
+
+@lru_cache(maxsize=4096)
+def prompt_launches(base: Variant, tokens: int, rows: int, out: int, device: Device) -> tuple[Launch, Launch]:
+    """T(x) of all tokens and the scales of all rows of V; the product with a slice of rows."""
+    variant = prompt_variant(base)
+    function, threads, ahead = _function(variant, "tqw_spread", device), variant.spread_threads(), variant.rows_ahead()
+    ctas = min(tokens, ctas_at_once(function, threads, ahead, device)) if ahead else tokens
+    measuring = -(-2 * out // threads)  # CTAs for the scales of V
+    spread = Launch(function, (ctas + measuring, 1), threads, ahead, device)
+    function, cells = _function(variant, "tqw_prompt", device), -(-rows // 256) * -(-tokens // 256)
+    clusters = min(cells, resident(function, 384, 2, device))
+    return spread, Launch(function, (2 * clusters, 1), 384, variant.prompt_bytes(), device, 2)
+
+
+@lru_cache(maxsize=4096)
+def grouped_variant(base: Variant, pairs: int, count: int, out: int, device: Device) -> Variant | None:
+    """The variant of middle.cu for blocks of pairs of one of `count` experts; None: few pairs, or not for this GPU."""
+    most = _GROUPED_PAIRS if base.padded_in > 2048 else _GROUPED_PAIRS_OF_FEW_INPUTS
+    if pairs <= most * count or not device.arch.startswith("sm_90") or base.tile != 128:
+        return None
+    if _route_bytes(count) > device.shared_bytes:
+        return None
+    # most experts in one block: to decode their codes twice costs more than columns that nobody needs
+    columns = next((c for c in _COLUMNS if c * count >= 1.25 * pairs), _COLUMNS[-1])
+    if takes_8_bits(base, device):
+        # of few inputs a CTA's start and end take as long as its products: more and smaller ones hide each other's
+        columns = min(columns, 96) if base.padded_in <= 1024 else columns
+        one = 64 < columns <= 128 or base.padded_in <= 2048
+        return coarse_of(replace(base, experts=True), columns, 1 if one else 2)
+    # two CTAs on a multiprocessor hide each other's waits where their registers fit
+    most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
+    pair = sum(base.bits) <= 4 and columns <= most
+    stages = {8: 8, 16: 8, 128: 3 if pair else 4, 192: 3, 256: 2}.get(columns, 4)
+    return replace(base, experts=True, columns=columns, warpgroups=2, stages=stages, min_ctas=2 if pair else 1)
+
+
+def _route_bytes(count: int) -> int:
+    """Dynamic shared memory of tqw_route for `count` experts."""
+    return 4 * (36 * count + 1)
+
+
+def _most_blocks(pairs: int, count: int, columns: int) -> int:
+    """The most blocks of `columns` that so many pairs of `count` experts fill: all experts but one end with a block
+    of a single pair."""
+    chosen = min(pairs, count)
+    return (pairs - chosen) // columns + chosen
+
+
+def _grouped_plan(variant: Variant, pairs: int, choices: int, count: int, out: int, device: Device) -> Plan:
+    blocks = _most_blocks(pairs, count, variant.columns)
+    function, ctas = _function(variant, "tqw_route", device), 8 if pairs > 1024 else 1
+    route = Launch(function, (ctas, 1), 1024, _route_bytes(count), device, ctas)
+    return middle_plan(variant, pairs, out, device, blocks, route, choices)
+
+
+@lru_cache(maxsize=4096)
+def expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> Plan | None:
+    """The launches for all pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
+    each pair reads its expert's codes. None: not even one token fits."""
+    pairs = tokens * choices
+    grouped = grouped_variant(base, pairs, count, out, device)
+    if grouped is not None:
+        return _grouped_plan(grouped, pairs, choices, count, out, device)
+    return _decode_plan(decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
+
+
+@lru_cache(maxsize=4096)
+def expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> int:
+    """Tokens of one turn: the fewest turns that keep T(x) of blocks of pairs below _PLANE_BYTES."""
+
+    def fits(step: int) -> bool:
+        variant = grouped_variant(base, step * choices, count, out, device)
+        if variant is None:
+            return True
+        blocks = _most_blocks(step * choices, count, variant.columns)
+        return 2 * blocks * variant.columns * variant.padded_in <= _PLANE_BYTES
+
+    steps = (-(-tokens // turns) for turns in range(1, tokens + 1))
+    return next((step for step in steps if fits(step)), 1)
+
+
+@lru_cache(maxsize=4096)
+def linear_plan(base: Variant, tokens: int, out: int, device: Device) -> Plan | None:
+    """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
+    _, wide = _sizes(base, out, device)
+    if tokens <= (_WIDE_TOKENS if wide and takes_8_bits(base, device) else _DECODE_TOKENS):
+        plan = _decode_plan(decode_variant(base, tokens, out, device), tokens, out, device)
+        if plan is not None:
+            return plan
+    variant = middle_variant(base, tokens, out, device)
+    return None if variant is None else middle_plan(variant, tokens, out, device)
+
+
+@lru_cache(maxsize=4096)
+def dequantize_launch(variant: Variant, rows: int, device: Device) -> Launch:
+    across = -(-variant.padded_in // variant.block // 4)
+    down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
+    return Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
+
+
+@lru_cache(maxsize=4096)
+def combine_launch(variant: Combine, tokens: int, out: int, device: Device) -> Launch:
+    grid = tokens, -(-out // (128 * variant.count))
+    return Launch(_function(variant, "tqw_combine", device), grid, 128, 0, device)
