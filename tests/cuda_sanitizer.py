@@ -97,7 +97,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield "coarse", partial(coarse, tokens, columns, warpgroups, split, apart)
     for bits in ("2", "3"):
         yield "coarse", partial(coarse, 40, 64, 1, 2, False, bits)
-    for out_features, in_features, tokens in ((40, 512, 17), (523, 1152, 300), (1300, 1024, 1100)):
+    for out_features, in_features, tokens in ((40, 512, 17), (523, 1152, 300), (1300, 1024, 1100), (40, 8320, 600)):
         yield "prompt", partial(prompt, out_features, in_features, tokens)
     for bits, group_size in (("2", 32), ("3", 64)):
         yield "prompt", partial(prompt, 264, 640, 140, bits, group_size)

@@ -227,7 +227,7 @@ def test_prompts(poisoned, prompts, bits, group_size, out_features, in_features,
         x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
         assert cuda._ready(qw, x.contiguous()).prompt(tokens) is not None
         y = kernels.linear(x, qw, bias, backend="cuda")
-        check(y, x, qw, bias, middle=True, eight=True)
+        check(y, x, qw, bias, eight=True)
         for _ in range(5):
             assert torch.equal(kernels.linear(x, qw, bias, backend="cuda"), y)
     if tokens > 3:
@@ -242,7 +242,7 @@ def test_prompts_of_many_inputs(poisoned, prompts, in_features, tokens):
     qw = make(264, in_features)
     wide = torch.randn(tokens, in_features + 8).cuda().bfloat16()
     for x in (wide[:, :in_features], wide[:, 3 : in_features + 3]):
-        check(kernels.linear(x, qw, backend="cuda"), x, qw, middle=True, eight=True)
+        check(kernels.linear(x, qw, backend="cuda"), x, qw, eight=True)
 
 
 @pytest.mark.gpu
@@ -443,6 +443,8 @@ def test_prompts_are_many_tokens_of_large_layers():
     base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     asked = ((1024, 4096), (2048, 4096), (2049, 4096), (1024, 28672), (1 << 15, 512), (1 << 15, 1024))
     assert [cuda_plan.is_prompt(base, *each, h100) for each in asked] == [False, False, True, True, False, True]
+    assert not cuda_plan.is_prompt(replace(base, planes=2), 4096, 4096, h100)
+    assert not cuda_plan.is_prompt(base, 4096, 4096, replace(h100, arch="sm_100"))
 
 
 def test_8_bits_only_where_they_cost_little():

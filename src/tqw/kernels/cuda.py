@@ -204,10 +204,10 @@ class _Prompt:
     """Calls of prompt.cu for a weight and a number of tokens: T(x) of so many at once, V of so many rows."""
 
     def __init__(self, ready: _Ready, tokens: int) -> None:
-        self.ready, out, row = ready, ready.out, ready.padded  # bytes of T(x) of a token, and of a row of V
-        turn, rows = (-(-n // -(-n * row // most)) for n, most in ((tokens, _PROMPT_BYTES), (out, _ROWS_BYTES)))
+        self.ready, out, padded = ready, ready.out, ready.padded
+        turn, rows = (-(-n // -(-n * padded // most)) for n, most in ((tokens, _PROMPT_BYTES), (out, _ROWS_BYTES)))
         turn, rows = -(-turn // 128) * 128, -(-rows // 256) * 256
-        parts = -(-ready.padded // (128 * cuda_plan.PROMPT_TILES))
+        parts = -(-padded // (128 * cuda_plan.PROMPT_TILES))
         counts = 1 + rows // 256 * (1 + parts)  # of strips of V that are decoded (prompt.cu)
         slices = range(0, out, rows)
         self.params = _Params.from_buffer_copy(ready.params)
@@ -215,7 +215,7 @@ class _Prompt:
         self.turns = [(first, min(turn, tokens - first)) for first in range(0, tokens, turn)]
         self.slices = [(row, min(rows, out - row)) for row in slices]
         self.scratch = _Scratch({
-            "planes": turn * row, "rows": rows * row, "plane_scale": 4 * turn, "row_scale": 4 * out,
+            "planes": turn * padded, "rows": rows * padded, "plane_scale": 4 * turn, "row_scale": 4 * out,
             "arrived": self.count_bytes * len(slices),
         })  # fmt: skip
 

@@ -118,7 +118,7 @@ class Variant:
 
     def prompt_bytes(self) -> int:
         """Dynamic shared memory of the kernel for prompts: stages, barriers; scale and bias of rows, for two cells."""
-        return self.stages * ((self.columns + 256) * 128 + 16) + 2 * 256 * 8
+        return self.stages * (self.stage_bytes() + 256 * self.tile + 16) + 2 * 256 * 8
 
     def rows_ahead(self) -> int:
         """Dynamic shared memory of the kernel that transforms prompts: two rows of x, their barriers. 0: so few inputs

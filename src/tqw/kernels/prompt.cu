@@ -26,10 +26,10 @@ static_assert(COLUMNS == 128 && CLUSTER == 2 && SPREAD == 1, "a cell is 256 toke
 // T(x) of some tokens for each CTA, one after the other, while the next two are on their way. The last CTAs measure rows.
 static constexpr int STRIDE = 8 * SPREAD_THREADS, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 4 ? ROUNDS : 4;
 extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int WARPS_OF_CTA = SPREAD_THREADS / 32, ROW_BYTES = 2 * IN_PADDED;
+  constexpr int ROW_BYTES = 2 * IN_PADDED;
   extern __shared__ __align__(128) u8 rows_of_x[];  // two; their barriers
   u32 row0 = shared_address(rows_of_x), arrived = row0 + 2 * ROW_BYTES;
-  int lane = threadIdx.x & 31, t = lane / 4 % 4, first = threadIdx.x * 8, last = first + (KEPT - 1) * STRIDE;
+  int lane = threadIdx.x & 31, t = lane / 4 % 4, first = threadIdx.x * 8;
   int ctas = gridDim.x - (2 * p.out + SPREAD_THREADS - 1) / SPREAD_THREADS;
   allow_next_kernel();
   if ((int)blockIdx.x >= ctas) return measure_rows(p, blockIdx.x - ctas);
@@ -62,15 +62,15 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
     if (p.vectors) barrier_wait(arrived + 8 * slot, turn >> 1 & 1);
 #pragma unroll
     for (int r = 0; r < KEPT; r++) scaled(first + r * STRIDE, v[r]);
-    __syncwarp();
+    __syncwarp();  // or the compiler doubts that lanes are together, and keeps a second, slow copy of what shuffles
 #pragma unroll
     for (int r = 0; r < KEPT; r++) hadamard_sums(v[r], lane), most = most_of_eight(v[r], most);
 #pragma unroll 1
-    for (int k = last + STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {  // the rest is read again
+    for (int k = first + KEPT * STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {  // the rest is read again
       float w[8];
       scaled(k, w), hadamard_sums(w, lane), most = most_of_eight(w, most);
     }
-    TokenScale of_token = token_scale(most_of_warps<WARPS_OF_CTA>(most, slot));
+    TokenScale of_token = token_scale(most_of_warps<SPREAD_THREADS / 32>(most, slot));
     if (ROUNDS == KEPT) fetch(token + 2 * (i64)ctas, slot);  // all have read the row
     if (threadIdx.x == 0) p.plane_scale[token] = of_token.scale;
     u8* block = p.planes + token / COLUMNS * TILES * STAGE_BYTES + token % COLUMNS * 128 + (lane & 1) * 8;
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
     for (int r = 0; r < KEPT; r++) store(first + r * STRIDE, v[r]);
     if constexpr (ROUNDS > KEPT) {
 #pragma unroll 1
-      for (int k = last + STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {
+      for (int k = first + KEPT * STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {
         float w[8];
         scaled(k, w), hadamard_sums(w, lane), store(k, w);
       }
