@@ -1,4 +1,4 @@
-"""Times settings of a kernel on this GPU, to choose `decode_variant` or `middle_variant` of kernels/cuda_plan.py.
+"""Times settings of a kernel on this GPU, in turns, for `decode_variant` or `middle_variant` of kernels/cuda_plan.py.
 
 python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16] [--only split=4 ...] [-o settings.json]
 python benchmarks/gpu_settings.py --kernel middle --tokens 32 64 128 256 [-o middle.json]
@@ -27,7 +27,7 @@ from tqw.config import QuantConfig
 from tqw.errors import TqwError
 from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.report import document, write_json
-from tqw.weight import dequantize, quantize
+from tqw.weight import QuantizedWeight, dequantize, quantize
 
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096")
 TOKENS = (1, 2, 4, 8, 16)
@@ -70,7 +70,7 @@ def variant(
 ) -> cuda_plan.Variant | None:
     """The present variant with other settings; None: the kernel is not for so many tokens."""
     present = PRESENT[kernel](base, tokens, out, device)
-    if present and present.coarse:  # each part of the inputs has scales of T(x)
+    if chosen and present and present.coarse:  # each part of the inputs has scales of T(x)
         chosen = chosen | {"spread": chosen["split"]}
     return present and replace(present, **chosen)
 
@@ -84,6 +84,19 @@ def fits(kernel: str, item: cuda_plan.Variant, device: Any) -> bool:
     return item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in
 
 
+def plan(item: cuda_plan.Variant, tokens: int, out: int, device: Any) -> cuda_plan.Plan | None:
+    """None: the transformed tokens do not fit."""
+    make = cuda_plan.middle_plan if item.columns else cuda_plan.decode_plan
+    return make(item, tokens, out, device)
+
+
+def run(x: torch.Tensor, qw: QuantizedWeight, chosen: cuda_plan.Plan) -> torch.Tensor:
+    """The layer by this plan."""
+    cuda._READY.clear()
+    with mock.patch.object(cuda_plan, "linear_plan", return_value=chosen):
+        return kernels.linear(x, qw, backend="cuda")
+
+
 def compile_all(variants: set[cuda_plan.Variant], arch: str) -> None:
     """From many threads: the measurements would compile one after the other."""
 
@@ -93,6 +106,48 @@ def compile_all(variants: set[cuda_plan.Variant], arch: str) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, variants))
+
+
+def measured(
+    x: torch.Tensor,
+    qw: QuantizedWeight,
+    exact: torch.Tensor,
+    kernel: str,
+    everything: list[dict[str, Any] | None],
+    dense_calls: list,
+    copies: list[QuantizedWeight],
+) -> list[dict[str, Any]]:
+    """A row for each choice that is possible, and for bfloat16; None is the present one."""
+    device, tokens, out = cuda_launch.device_at(x.device.index), x.shape[0], qw.out_features
+    base = cuda._variant(qw, x.dtype)
+    rows, calls = [{"chosen": "torch_bfloat16"}], [dense_calls]
+    for chosen in everything:
+        item = variant(kernel, chosen or {}, base, tokens, out, device)
+        if item is None or not fits(kernel, item, device):
+            continue
+        row = {"chosen": chosen}
+        try:
+            how = plan(item, tokens, out, device)
+            if how is None:
+                continue
+            # 8 bits of both operands: 1.3 %
+            row["relative_error"] = bench.checked_error("cuda", run(x, qw, how), exact, 0.02)
+        except TqwError as problem:
+            if "whole" not in str(problem):
+                sys.stderr.write(f"{row} {str(problem)[:300]}\n")
+            continue
+        rows.append(row)
+        calls.append([partial(run, x, copy, how) for copy in copies])
+    times = bench.graph_microseconds({str(number): each for number, each in enumerate(calls)}, 9)
+    return [row | {"microseconds": time} for row, time in zip(rows, times.values(), strict=True)]
+
+
+def report(title: str, rows: list[dict[str, Any]]) -> None:
+    now = next((row["microseconds"] for row in rows if row["chosen"] is None), 0.0)
+    sys.stderr.write(f"{title}: bfloat16 {rows[0]['microseconds']:.2f}, now {now:.2f}\n")
+    for row in sorted(rows[1:], key=lambda r: r["microseconds"])[:6]:
+        values = " ".join(f"{k}={int(v)}" for k, v in (row["chosen"] or {}).items())
+        sys.stderr.write(f"   {row['microseconds']:.2f} {values}\n")
 
 
 @torch.inference_mode()
@@ -120,44 +175,14 @@ def main() -> None:
     ]
     compile_all({item for item in items if item and fits(kernel, item, device)}, device.arch)
     for shape, qw in weights.items():
-        dense = dequantize(qw).double()
-        copies = bench.cold_weights(qw)
+        dense, copies = dequantize(qw), bench.cold_weights(qw)
         for tokens in arguments.tokens:
             x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
-            exact = functional.linear(x.double(), dense)
-            here = []
-            for chosen in [None, *candidates(kernel, tokens, only, layouts)]:
-                row = {"shape": shape, "tokens": tokens, "chosen": chosen}
-                cuda_plan.linear_plan.cache_clear()
-                cuda._READY.clear()
-                make = partial(variant, kernel, chosen) if chosen else PRESENT[kernel]
-                item = make(cuda._variant(qw, x.dtype), tokens, qw.out_features, device)
-                if item is None or not fits(kernel, item, device):
-                    continue
-                patches: dict[str, Any] = {f"_{kernel}_variant": make}
-                if kernel == "middle":
-                    patches |= {"_DECODE_TOKENS": 0}
-                elif chosen:
-                    patches |= {"_MIDDLE_TOKENS": 0}
-                try:
-                    with mock.patch.multiple(cuda, **patches):
-                        if chosen and cuda._ready(qw, x).call(tokens) is None:
-                            continue
-                        y = kernels.linear(x, qw, backend="cuda")
-                        row["relative_error"] = bench.checked_error("cuda", y, exact, 0.01)
-                        calls = [lambda x=x, c=c: kernels.linear(x, c, backend="cuda") for c in copies]
-                        row["microseconds"] = bench.graph_microseconds({"cuda": calls}, 9)["cuda"]
-                except TqwError as problem:
-                    if "whole" not in str(problem):
-                        sys.stderr.write(f"{row} {str(problem)[:300]}\n")
-                    continue
-                here.append(row)
-            rows += here
-            now = next((row["microseconds"] for row in here if row["chosen"] is None), 0.0)
-            sys.stderr.write(f"{shape} {tokens}: now {now:.2f}\n")
-            for row in sorted(here, key=lambda r: r["microseconds"])[:6]:
-                values = " ".join(f"{k}={int(v)}" for k, v in (row["chosen"] or {}).items())
-                sys.stderr.write(f"   {row['microseconds']:.2f} {values}\n")
+            exact = functional.linear(x.double(), dense.double())
+            everything = [None, *candidates(kernel, tokens, only, layouts)]
+            here = measured(x, qw, exact, kernel, everything, bench.cold_dense_calls(x, dense), copies)
+            rows += [{"shape": shape, "tokens": tokens, **row} for row in here]
+            report(f"{shape} {tokens}", here)
         del copies
     if arguments.output:
         write_json(arguments.output, document(rows))

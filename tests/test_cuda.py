@@ -109,7 +109,7 @@ def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether middle.cu takes the call on Hopper so."""
     tokens = x.shape[:-1].numel()
     large = qw.out_features * qw.padded_in > cuda_plan._SMALL_WEIGHTS or qw.out_features > 1024
-    least = cuda_plan._WIDE_TOKENS if qw.padded_in > 8192 else cuda_plan._DECODE_TOKENS
+    least = cuda_plan.decode_tokens(cuda._variant(qw, x.dtype), qw.out_features, cuda_launch.device_at(x.device.index))
     return for_8_bits(qw, x) and tokens > least and (tokens <= cuda_plan._SMALL_TOKENS or large)
 
 
@@ -331,6 +331,30 @@ def test_many_rows(in_features, tokens):
     check(kernels.linear(x, qw, backend="cuda"), x, qw)
     few = make(2 * 1056 + 16, in_features, bits="3+2", scale="norm")
     check(kernels.linear(x, few, backend="cuda"), x, few)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("in_features", [8320, 14336, 18944])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_many_inputs_of_an_even_share_of_rows(poisoned, in_features, bits):
+    """Up to 16 tokens by the decode kernel, in which pairs of CTAs share so many inputs."""
+    qw = make(16 * 132 * 2 - 8, in_features, bits=bits, scale="norm")
+    for tokens in (9, 13, 16):
+        for dtype in (torch.half, torch.bfloat16):
+            x = torch.randn(tokens, in_features).cuda().to(dtype)
+            check(kernels.linear(x, qw, backend="cuda"), x, qw)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "tokens"),
+    [(4096, 4096, 16), (4096, 14336, 16), (12288, 12288, 16), (3584, 18944, 12), (5120, 17408, 12), (2048, 11008, 12)],
+)
+def test_how_many_tokens_are_decoded(out_features, in_features, tokens):
+    """What was measured to be faster on an H100."""
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
+    base = cuda_plan.Variant((4,), in_features, 128, 128, 128, True, True, 2, 1)
+    assert cuda_plan.decode_tokens(base, out_features, h100) == tokens
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from tqw.codebook import levels
 from tqw.kernels.cuda_launch import Device, Launch, ctas_at_once, load, resident
 
 _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared memory (H100)
-_WIDE_TOKENS = 12  # or up to here, of many inputs, where both operands may have 8 bits
+_WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 8 bits and strips are no even share
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
@@ -246,7 +246,7 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     if many and split == 1 and tokens > 8 and tiles > 20:
         warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
     if tokens > 8:
-        ring, early = 3 if many else 2, 2
+        ring, early = 3 if many else 2, 1 if split == 2 and each < 3 else 2
     elif many:
         ring, early = 5, 3
     elif not fused:
@@ -273,7 +273,7 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     )
 
 
-def _decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> Plan | None:
+def decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> Plan | None:
     """The decode kernel for a few tokens; None: the transformed tokens do not fit.
 
     pairs: so many times one token, each with an expert of its own.
@@ -548,7 +548,7 @@ def expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, 
     grouped = grouped_variant(base, pairs, count, out, device)
     if grouped is not None:
         return _grouped_plan(grouped, pairs, choices, count, out, device)
-    return _decode_plan(decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
+    return decode_plan(decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
 
 
 @lru_cache(maxsize=4096)
@@ -566,12 +566,19 @@ def expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int
     return next((step for step in steps if fits(step)), 1)
 
 
+def decode_tokens(base: Variant, out: int, device: Device) -> int:
+    """Up to how many tokens the decode kernel is faster than the middle one."""
+    _, wide = _sizes(base, out, device)
+    each = -(-out // 16) / device.multiprocessors
+    even = each > 1 and each / math.ceil(each) >= 0.9
+    return _WIDE_TOKENS if wide and not even and takes_8_bits(base, device) else _DECODE_TOKENS
+
+
 @lru_cache(maxsize=4096)
 def linear_plan(base: Variant, tokens: int, out: int, device: Device) -> Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    _, wide = _sizes(base, out, device)
-    if tokens <= (_WIDE_TOKENS if wide and takes_8_bits(base, device) else _DECODE_TOKENS):
-        plan = _decode_plan(decode_variant(base, tokens, out, device), tokens, out, device)
+    if tokens <= decode_tokens(base, out, device):
+        plan = decode_plan(decode_variant(base, tokens, out, device), tokens, out, device)
         if plan is not None:
             return plan
     variant = middle_variant(base, tokens, out, device)

@@ -55,6 +55,14 @@ __device__ __forceinline__ TokenScale token_scale(float most) {
   return {fmaf(most, NORM / 127, most - most), most > 0.f ? __fdividef(127.f, most) : 0.f};
 }
 
+// Where eight inputs of a column of T(x) are, which a lane has from input k on.
+__device__ __forceinline__ u8* column_place(const Params& p, i64 column, int k) {
+  int lane = threadIdx.x & 31, t = lane / 4 % 4, half = PROMPT ? lane & 1 : t / 2;
+  int chunk = PROMPT ? k % 32 / 16 * 4 + t : k % 32 / 8 * 2 + (t & 1);
+  u8* block = p.planes + column / COLUMNS * TILES * STAGE_BYTES + column % COLUMNS * 128 + half * 8;
+  return block + k / TILE * STAGE_BYTES + (chunk ^ (int)column & 7) * 16;
+}
+
 #if PROMPT
 // The largest weight scales of rows, two for each quad of lanes.
 __device__ __forceinline__ void measure_rows(const Params& p, int cta) {
@@ -116,10 +124,8 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
   auto store_column = [&](int column) {
     if (threadIdx.x == 0) p.plane_scale[part * columns + column] = of_token.scale;
-    u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + (PROMPT ? lane & 1 : t / 2) * 8;
     auto store = [&](uint2 bytes, int k) {
-      int chunk = PROMPT ? k % 32 / 16 * 4 + t : k % 32 / 8 * 2 + (t & 1);
-      if (k < end) *(uint2*)(block + k / TILE * STAGE_BYTES + (chunk ^ column & 7) * 16) = bytes;
+      if (k < end) *(uint2*)column_place(p, column, k) = bytes;
     };
 #pragma unroll
     for (int r = 0; r < KEPT; r++) store(bytes[r], input(r));

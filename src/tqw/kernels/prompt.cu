@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   constexpr int ROW_BYTES = 2 * IN_PADDED;
   extern __shared__ __align__(128) u8 rows_of_x[];  // two; their barriers
   u32 row0 = shared_address(rows_of_x), arrived = row0 + 2 * ROW_BYTES;
-  int lane = threadIdx.x & 31, t = lane / 4 % 4, first = threadIdx.x * 8;
+  int lane = threadIdx.x & 31, first = threadIdx.x * 8;
   int ctas = gridDim.x - (2 * p.out + SPREAD_THREADS - 1) / SPREAD_THREADS;
   allow_next_kernel();
   if ((int)blockIdx.x >= ctas) return measure_rows(p, blockIdx.x - ctas);
@@ -73,11 +73,9 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
     TokenScale of_token = token_scale(most_of_warps<SPREAD_THREADS / 32>(most, slot));
     if (ROUNDS == KEPT) fetch(token + 2 * (i64)ctas, slot);  // all have read the row
     if (threadIdx.x == 0) p.plane_scale[token] = of_token.scale;
-    u8* block = p.planes + token / COLUMNS * TILES * STAGE_BYTES + token % COLUMNS * 128 + (lane & 1) * 8;
     auto store = [&](int k, const float(&v)[8]) {
-      int chunk = k % 32 / 16 * 4 + t ^ (int)token & 7;
       uint2 eight = make_uint2(in_8_bits(v, of_token.inverse), in_8_bits(v + 4, of_token.inverse));
-      if (k < IN_PADDED) *(uint2*)(block + k / TILE * STAGE_BYTES + chunk * 16) = eight;
+      if (k < IN_PADDED) *(uint2*)column_place(p, token, k) = eight;
     };
 #pragma unroll
     for (int r = 0; r < KEPT; r++) store(first + r * STRIDE, v[r]);
