@@ -108,9 +108,11 @@ class Variant:
     def spread_threads(self) -> int:
         """Threads of a CTA that transforms a token, or a part of its inputs, for the middle kernel and for prompts."""
         part = -(-(self.padded_in // self.tile) // self.spread) * self.tile
+        if self.prompt:  # 1,024 inputs a warp
+            return 32 * -(-part // 1024) if part <= 28672 else 512
         if not self.coarse:
             return 256
-        return 128 if part <= 1024 else 256 if part <= 8192 else 1024 if self.prompt and 16384 < part <= 32768 else 512
+        return 128 if part <= 1024 else 256 if part <= 8192 else 512
 
     def stage_bytes(self) -> int:
         """T(x) of a tile in the middle kernel."""

@@ -9,7 +9,7 @@
 //     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
 //
 // In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes 32 s + 4 t and
-// 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled). PROMPT: bytes 64 i + 16 t + j are inputs 32 t + 16 i + j.
+// 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled). prompt.cu has an order and a tqw_spread of its own.
 //
 // COLUMNS    tokens that are side by side       SPREAD    parts of the inputs       SPREAD_THREADS    of a CTA of tqw_spread
 
@@ -55,26 +55,7 @@ __device__ __forceinline__ TokenScale token_scale(float most) {
   return {fmaf(most, NORM / 127, most - most), most > 0.f ? __fdividef(127.f, most) : 0.f};
 }
 
-// Where eight inputs of a column of T(x) are, which a lane has from input k on.
-__device__ __forceinline__ u8* column_place(const Params& p, i64 column, int k) {
-  int lane = threadIdx.x & 31, t = lane / 4 % 4, half = PROMPT ? lane & 1 : t / 2;
-  int chunk = PROMPT ? k % 32 / 16 * 4 + t : k % 32 / 8 * 2 + (t & 1);
-  u8* block = p.planes + column / COLUMNS * TILES * STAGE_BYTES + column % COLUMNS * 128 + half * 8;
-  return block + k / TILE * STAGE_BYTES + (chunk ^ (int)column & 7) * 16;
-}
-
-#if PROMPT
-// The largest weight scales of rows, two for each quad of lanes.
-__device__ __forceinline__ void measure_rows(const Params& p, int cta) {
-  int row = (cta * SPREAD_THREADS + threadIdx.x) / 4 * 2, t = threadIdx.x & 3;
-  float most[2];
-  row_scales(p, min(row, p.out - 1), min(row + 1, p.out - 1), 0, TILES, t, most);
-  wait_for_previous_kernel();
-  if (t < 2 && row + t < p.out) p.row_scale[row + t] = t ? most[1] : most[0];
-}
-#endif
-
-#if !FETCHED
+#if !PROMPT
 static constexpr int PART = (TILES + SPREAD - 1) / SPREAD * TILE;  // inputs of a part, at most
 
 // T(x) of one token, or of a part of its inputs; with EXPERTS once for each of its pairs. x is read once.
@@ -88,15 +69,12 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
     return k < end ? k : IN_PADDED;
   };
   allow_next_kernel();
-#if PROMPT
-  if (token >= p.tokens) return measure_rows(p, token - p.tokens);
-#endif
   uint2 channel[KEPT];
   float v[KEPT][8], most = 0.f;
 #pragma unroll
   for (int r = 0; r < KEPT; r++) channel[r] = channel_bytes(p, input(r));
   wait_for_previous_kernel();
-#if APART || PROMPT
+#if APART
   clear_counts(p, blockIdx.x * SPREAD_THREADS + threadIdx.x, p.tokens * SPREAD * SPREAD_THREADS);
 #endif
 #pragma unroll
@@ -114,7 +92,6 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   // Eight inputs in 8 bits; of a quad's neighbours t and t ^ 1 one takes all lower words, one the upper ones.
   auto rounded = [&](const float (&v)[8]) {
     u32 low = in_8_bits(v, of_token.inverse), high = in_8_bits(v + 4, of_token.inverse);
-    if (PROMPT) return make_uint2(low, high);
     u32 other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
     return t & 1 ? make_uint2(other, high) : make_uint2(low, other);
   };
@@ -124,8 +101,10 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   int columns = (p.tokens + COLUMNS - 1) / COLUMNS * COLUMNS;
   auto store_column = [&](int column) {
     if (threadIdx.x == 0) p.plane_scale[part * columns + column] = of_token.scale;
+    u8* block = p.planes + (i64)(column / COLUMNS) * TILES * STAGE_BYTES + column % COLUMNS * 128 + t / 2 * 8;
     auto store = [&](uint2 bytes, int k) {
-      if (k < end) *(uint2*)column_place(p, column, k) = bytes;
+      int chunk = k % 32 / 8 * 2 + (t & 1) ^ column & 7;
+      if (k < end) *(uint2*)(block + k / TILE * STAGE_BYTES + chunk * 16) = bytes;
     };
 #pragma unroll
     for (int r = 0; r < KEPT; r++) store(bytes[r], input(r));

@@ -361,8 +361,8 @@ __device__ __forceinline__ void channel_scales(const Params& p, int k, float* a)
 
 static constexpr float NORM = BLOCK == 128 ? 0.08838834764831845f : BLOCK == 64 ? 0.125f : 0.17677669529663687f;
 
-// H / NORM on eight neighbours a lane: three butterfly stages in registers, the others across lanes.
-__device__ __forceinline__ void hadamard_sums(float* v, int lane) {
+// The three butterfly stages of eight neighbours.
+__device__ __forceinline__ void hadamard_of_eight(float* v) {
 #pragma unroll
   for (int bit = 1; bit < 8; bit *= 2) {
 #pragma unroll
@@ -373,6 +373,10 @@ __device__ __forceinline__ void hadamard_sums(float* v, int lane) {
       }
     }
   }
+}
+// H / NORM on eight neighbours a lane, the other stages across lanes.
+__device__ __forceinline__ void hadamard_sums(float* v, int lane) {
+  hadamard_of_eight(v);
 #pragma unroll
   for (int bit = 1; bit < BLOCK / 8; bit *= 2) {
     float sign = lane & bit ? -1.f : 1.f;

@@ -20,77 +20,175 @@ static constexpr int ROWS = 256, ROWS_BYTES = ROWS * TILE, STAGE = ROWS_BYTES + 
 static constexpr int ABREAST = 8;  // pairs of token blocks that pass over the rows together
 static_assert(COLUMNS == 128 && CLUSTER == 2 && SPREAD == 1, "a cell is 256 tokens");
 
-#if FETCHED
-// ------------------------------------------------------------------------------------------------ T(x) of many inputs
+// --------------------------------------------------------------------------------------------------- T(x) in memory
 
-// T(x) of some tokens for each CTA, one after the other, while the next two are on their way. The last CTAs measure rows.
-static constexpr int STRIDE = 8 * SPREAD_THREADS, ROUNDS = (IN_PADDED + STRIDE - 1) / STRIDE, KEPT = ROUNDS < 4 ? ROUNDS : 4;
-extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __grid_constant__ Params p) {
-  constexpr int ROW_BYTES = 2 * IN_PADDED;
-  extern __shared__ __align__(128) u8 rows_of_x[];  // two; their barriers
-  u32 row0 = shared_address(rows_of_x), arrived = row0 + 2 * ROW_BYTES;
-  int lane = threadIdx.x & 31, first = threadIdx.x * 8;
-  int ctas = gridDim.x - (2 * p.out + SPREAD_THREADS - 1) / SPREAD_THREADS;
-  allow_next_kernel();
-  if ((int)blockIdx.x >= ctas) return measure_rows(p, blockIdx.x - ctas);
-  if (threadIdx.x == 0) {
-    barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
+// The largest weight scales of rows, two for each quad of lanes.
+__device__ __forceinline__ void measure_rows(const Params& p, int cta) {
+  int row = (cta * SPREAD_THREADS + threadIdx.x) / 4 * 2, t = threadIdx.x & 3;
+  float most[2];
+  row_scales(p, min(row, p.out - 1), min(row + 1, p.out - 1), 0, TILES, t, most);
   wait_for_previous_kernel();
-  auto fetch = [&](i64 token, int slot) {
-    if (!p.vectors || threadIdx.x || token >= p.tokens) return;
-    barrier_expect(arrived + 8 * slot, 2 * p.in);
-    copy_bulk(row0 + slot * ROW_BYTES, (const u16*)p.x + token * p.x_stride, 2 * p.in, arrived + 8 * slot);
-  };
-  fetch(blockIdx.x, 0), fetch(blockIdx.x + (i64)ctas, 1);
-  clear_counts(p, blockIdx.x * SPREAD_THREADS + threadIdx.x, ctas * SPREAD_THREADS);
-  int turn = 0;
-  for (i64 token = blockIdx.x; token < p.tokens; token += ctas, turn++) {
-    int slot = turn & 1;
-    const u8* row = rows_of_x + slot * ROW_BYTES;
-    auto scaled = [&](int k, float(&v)[8]) {
-      Raw raw = {};
-      if (!p.vectors)
-        raw = load_raw(p, token * p.x_stride, k);
-      else if (k < p.in)
-        read_words<16>(raw.words, row + 2 * k);
-      scaled_values(raw, channel_bytes(p, k), v);
-    };
-    float v[KEPT][8], most = 0.f;
-    if (p.vectors) barrier_wait(arrived + 8 * slot, turn >> 1 & 1);
+  if (t < 2 && row + t < p.out) p.row_scale[row + t] = t ? most[1] : most[0];
+}
+
+// Of a warp: eight blocks of 128 inputs, each sixteen chunks of eight. The chunks are multiplied by H of 16 on the tensor
+// cores. TF32 keeps 11 bits: all that bfloat16 times a channel scale of three bits has; of float16 the other three follow.
+static constexpr int OF_WARP = 8 * 128, OF_CTA = OF_WARP * SPREAD_THREADS / 32;
+// As many CTAs as have registers enough on a multiprocessor.
+static constexpr int SPREAD_CTAS = OF_CTA < IN_PADDED ? 1 : (FETCHED ? 896 : 1024) / SPREAD_THREADS;
+struct Chunks {
+  Raw x[4];
+  uint2 channel[4];
+};
+struct Sums {
+  float v[4][8];
+};
+// The first input of a lane's c-th chunk: before H, t + 4 c of block g; then, g + 8 (c / 2) of block 2 t + c % 2.
+__device__ __forceinline__ int chunk_of_x(int c) { return (threadIdx.x >> 2 & 7) * 128 + ((threadIdx.x & 3) + 4 * c) * 8; }
+__device__ __forceinline__ int chunk_of_sums(int c) {
+  return (2 * (threadIdx.x & 3) + c % 2) * 128 + ((threadIdx.x >> 2 & 7) + c / 2 * 8) * 8;
+}
+// d = c + H x for two of a lane's chunks of x, the lower ones or (UPPER) the others; a, b: signs of H.
+template <bool UPPER>
+__device__ __forceinline__ void multiply_chunks(float* d, const float* c, u32 a, u32 b, float x0, float x1) {
+  constexpr u32 FLIP = UPPER ? 1u << 31 : 0;
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a), "r"(a ^ FLIP), "r"(b), "r"(b ^ FLIP), "r"(__float_as_uint(x0)), "r"(__float_as_uint(x1)), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+// A lane's i-th inputs of its chunks, times their channel scales.
+__device__ __forceinline__ void scaled_inputs(const Chunks& chunks, int i, float (&v)[4]) {
 #pragma unroll
-    for (int r = 0; r < KEPT; r++) scaled(first + r * STRIDE, v[r]);
-    __syncwarp();  // or the compiler doubts that lanes are together, and keeps a second, slow copy of what shuffles
-#pragma unroll
-    for (int r = 0; r < KEPT; r++) hadamard_sums(v[r], lane), most = most_of_eight(v[r], most);
-#pragma unroll 1
-    for (int k = first + KEPT * STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {  // the rest is read again
-      float w[8];
-      scaled(k, w), hadamard_sums(w, lane), most = most_of_eight(w, most);
-    }
-    TokenScale of_token = token_scale(most_of_warps<SPREAD_THREADS / 32>(most, slot));
-    if (ROUNDS == KEPT) fetch(token + 2 * (i64)ctas, slot);  // all have read the row
-    if (threadIdx.x == 0) p.plane_scale[token] = of_token.scale;
-    auto store = [&](int k, const float(&v)[8]) {
-      uint2 eight = make_uint2(in_8_bits(v, of_token.inverse), in_8_bits(v + 4, of_token.inverse));
-      if (k < IN_PADDED) *(uint2*)column_place(p, token, k) = eight;
-    };
-#pragma unroll
-    for (int r = 0; r < KEPT; r++) store(first + r * STRIDE, v[r]);
-    if constexpr (ROUNDS > KEPT) {
-#pragma unroll 1
-      for (int k = first + KEPT * STRIDE; k < ROUNDS * STRIDE; k += STRIDE) {
-        float w[8];
-        scaled(k, w), hadamard_sums(w, lane), store(k, w);
-      }
-      __syncthreads();
-      fetch(token + 2 * (i64)ctas, slot);
-    }
+  for (int c = 0; c < 4; c++) {
+    u32 scale = (i < 4 ? chunks.channel[c].x : chunks.channel[c].y) >> (i % 4 * 8) & 0xFFu;
+    v[c] = value_16((u16)(chunks.x[c].words[i / 2] >> (i % 2 * 16))) * half_to_float((u16)(scale << 8));
   }
 }
-#endif
+// H / NORM of x, and the largest of `most` and all sums.
+__device__ __forceinline__ float hadamard_of_chunks(const Chunks& chunks, Sums& sums, float most) {
+  int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
+  u32 a = __float_as_uint(1.f) | __popc(g & t) << 31, b = __float_as_uint(1.f) | __popc(g & (t + 4)) << 31;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    constexpr float ZERO[4] = {};
+    float d[4], v[4];
+    scaled_inputs(chunks, i, v);
+    multiply_chunks<false>(d, ZERO, a, b, v[0], v[1]);
+    multiply_chunks<true>(d, d, a, b, v[2], v[3]);
+    if (X_TYPE != 2) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) v[c] -= __uint_as_float(__float_as_uint(v[c]) & 0xFFFFE000u);
+      multiply_chunks<false>(d, d, a, b, v[0], v[1]);
+      multiply_chunks<true>(d, d, a, b, v[2], v[3]);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) sums.v[c][i] = d[c];
+  }
+#pragma unroll
+  for (int c = 0; c < 4; c++) hadamard_of_eight(sums.v[c]), most = most_of_eight(sums.v[c], most);
+  return most;
+}
+
+// T(x) of some tokens for each CTA, one after the other; FETCHED and VECTORS: while the next two are on their way.
+template <bool VECTORS>
+__device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
+  constexpr int ROW_BYTES = 2 * IN_PADDED;
+  constexpr bool AHEAD = FETCHED && VECTORS;
+  extern __shared__ __align__(128) u8 rows_of_x[];  // two; their barriers
+  u32 row0 = shared_address(rows_of_x), arrived = row0 + 2 * ROW_BYTES;
+  int first = threadIdx.x / 32 * OF_WARP;
+  auto channel_of = [&](int k) {
+    return !VECTORS ? channel_bytes(p, k) : k < p.in ? *(const uint2*)(p.channel + k) : make_uint2(0, 0);
+  };
+  Chunks chunks;
+  auto read_channels = [&](int from) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) chunks.channel[c] = channel_of(from + chunk_of_x(c));
+  };
+  read_channels(first);
+  if (AHEAD) {
+    if (threadIdx.x == 0) {
+      barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+  }
+  wait_for_previous_kernel();
+  auto fetch = [&](int token, int slot) {
+    if (!AHEAD || threadIdx.x || token >= p.tokens) return;
+    barrier_expect(arrived + 8 * slot, 2 * p.in);
+    copy_bulk(row0 + slot * ROW_BYTES, (const u16*)p.x + (i64)token * p.x_stride, 2 * p.in, arrived + 8 * slot);
+  };
+  fetch(blockIdx.x, 0), fetch(blockIdx.x + ctas, 1);
+  clear_counts(p, blockIdx.x * SPREAD_THREADS + threadIdx.x, ctas * SPREAD_THREADS);
+  int chunk = chunk_of_sums(0) / 8 % 16, place_of_sums = chunk / 2 % 2 * 64 + chunk / 4 * 16 + chunk % 2 * 8;
+  int turn = 0;
+  for (int token = blockIdx.x; token < p.tokens; token += ctas, turn++) {
+    int slot = turn & 1;
+    i64 row = token * p.x_stride;
+    auto read = [&](int from) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        int k = from + chunk_of_x(c);
+        Raw& raw = chunks.x[c];
+        raw = {};
+        if (!VECTORS)
+          raw = load_raw(p, row, k);
+        else if (k < p.in)
+          read_words<16>(raw.words, AHEAD ? rows_of_x + slot * ROW_BYTES + 2 * k : (const u8*)((const u16*)p.x + row + k));
+      }
+    };
+    if (FETCHED) read_channels(first);  // kept, they would become floats, in four times as many registers
+    if (AHEAD) barrier_wait(arrived + 8 * slot, turn >> 1 & 1);
+    read(first);
+    __syncwarp();  // or the compiler doubts that lanes are together
+    Sums sums;
+    float most = hadamard_of_chunks(chunks, sums, 0.f);
+    if constexpr (OF_CTA < IN_PADDED) {
+#pragma unroll 1
+      for (int from = first + OF_CTA; from < IN_PADDED; from += OF_CTA) {  // the rest is read again
+        Sums more;
+        read_channels(from), read(from), most = hadamard_of_chunks(chunks, more, most);
+      }
+    }
+    TokenScale of_token = token_scale(most_of_warps<SPREAD_THREADS / 32>(most, slot));
+    if (OF_CTA >= IN_PADDED) fetch(token + 2 * ctas, slot);  // all have read the row
+    if (threadIdx.x == 0) p.plane_scale[token] = of_token.scale;
+    u8* column = p.planes + (i64)(token / COLUMNS) * TILES * STAGE_BYTES + token % COLUMNS * 128;
+    auto store = [&](int from) {
+      int k = from + chunk_of_sums(0), place = place_of_sums ^ token % 8 * 16;
+#pragma unroll
+      for (int c = 0; c < 4; c++) {  // 128 inputs further if odd, 64 in the upper half
+        uint2 eight = make_uint2(in_8_bits(sums.v[c], of_token.inverse), in_8_bits(sums.v[c] + 4, of_token.inverse));
+        if (k + c % 2 * 128 < IN_PADDED) *(uint2*)(column + (k / TILE + c % 2) * STAGE_BYTES + (place ^ c / 2 * 32)) = eight;
+      }
+    };
+    store(first);
+    if constexpr (OF_CTA < IN_PADDED) {
+#pragma unroll 1
+      for (int from = first + OF_CTA; from < IN_PADDED; from += OF_CTA) {
+        read_channels(from), read(from), hadamard_of_chunks(chunks, sums, 0.f), store(from);
+      }
+      __syncthreads();
+      fetch(token + 2 * ctas, slot);
+    }
+    if (!FETCHED) break;  // a CTA for each
+  }
+}
+
+// The last CTAs measure rows.
+extern "C" __global__ void __launch_bounds__(SPREAD_THREADS, SPREAD_CTAS) tqw_spread(const __grid_constant__ Params p) {
+  int ctas = gridDim.x - (2 * p.out + SPREAD_THREADS - 1) / SPREAD_THREADS;
+  allow_next_kernel();
+  if ((int)blockIdx.x >= ctas)
+    measure_rows(p, blockIdx.x - ctas);
+  else if (p.vectors)
+    spread_tokens<true>(p, ctas);
+  else
+    spread_tokens<false>(p, ctas);
+}
 
 // ------------------------------------------------------------------------------------------------------ V in memory
 
