@@ -148,7 +148,7 @@ def test_turns_and_slices_of_a_prompt_follow_each_other(driver, monkeypatch):
     assert [params.tokens for _, _, params in calls] == [896] * 6 + [708] * 3
     for name, config, params in calls:
         clusters = -(-params.tokens // 256) * -(-params.slice // 256)
-        ctas = params.tokens + 49 if name == "spread" else 2 * min(60, clusters)  # 49: of 64 rows each
+        ctas = params.tokens + 193 if name == "spread" else 2 * min(60, clusters)  # 193: of 16 rows each
         assert (config.gridDimX, config.gridDimY, params.bias) == (ctas, 1, bias.data_ptr())
     rows = [(params.first_row, params.slice) for _, _, params in calls]
     assert rows == [(0, 1792), (0, 1792), (1792, 1288)] * 3
