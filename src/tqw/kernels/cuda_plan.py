@@ -224,6 +224,11 @@ def _turns(tiles: int, each: float, warps: int, share: int) -> float:
     return -(-each * share // warps) * (-(-tiles // share) * warps / 16 + 0.4)
 
 
+def _busy(each: float) -> float:
+    """How much of the time the average multiprocessor works, where the busiest takes `each` strips, rounded up."""
+    return each / math.ceil(each)
+
+
 def _sizes(base: Variant, out: int, device: Device) -> tuple[bool, bool]:
     """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
     return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
@@ -256,7 +261,7 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     elif base.experts or not wide:
         ring, early = (2, 2) if wide else (4, 1)
     else:  # codes on their way delay x: the less, the more multiprocessors the last strips leave idle
-        thin = each / math.ceil(each) < 0.83
+        thin = _busy(each) < 0.83
         ring, early = (5, 3) if thin else (4 if split == 2 else 3, 1)
     return replace(
         base,
@@ -572,7 +577,7 @@ def decode_tokens(base: Variant, out: int, device: Device) -> int:
     """Up to how many tokens the decode kernel is faster than the middle one."""
     _, wide = _sizes(base, out, device)
     each = -(-out // 16) / device.multiprocessors
-    even = each > 1 and each / math.ceil(each) >= 0.9
+    even = each > 1 and _busy(each) >= 0.9
     return _WIDE_TOKENS if wide and not even and takes_8_bits(base, device) else _DECODE_TOKENS
 
 
