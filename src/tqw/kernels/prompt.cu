@@ -37,10 +37,6 @@ static constexpr int OF_WARP = 8 * 128, OF_CTA = OF_WARP * SPREAD_THREADS / 32;
 // As many CTAs as have registers enough on a multiprocessor.
 static constexpr int SPREAD_CTAS = OF_CTA < IN_PADDED ? 1 : (FETCHED ? 896 : 1024) / SPREAD_THREADS;
 struct Chunks {
-  Raw x[4];
-  uint2 channel[4];
-};
-struct Sums {
   float v[4][8];
 };
 // The first input of a lane's c-th chunk: before H, t + 4 c of block g; then, g + 8 (c / 2) of block 2 t + c % 2.
@@ -58,23 +54,14 @@ __device__ __forceinline__ void multiply_chunks(float* d, const float* c, u32 a,
       : "r"(a), "r"(a ^ FLIP), "r"(b), "r"(b ^ FLIP), "r"(__float_as_uint(x0)), "r"(__float_as_uint(x1)), "f"(c[0]), "f"(c[1]),
         "f"(c[2]), "f"(c[3]));
 }
-// A lane's i-th inputs of its chunks, times their channel scales.
-__device__ __forceinline__ void scaled_inputs(const Chunks& chunks, int i, float (&v)[4]) {
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    u32 scale = (i < 4 ? chunks.channel[c].x : chunks.channel[c].y) >> (i % 4 * 8) & 0xFFu;
-    v[c] = value_16((u16)(chunks.x[c].words[i / 2] >> (i % 2 * 16))) * half_to_float((u16)(scale << 8));
-  }
-}
 // H / NORM of x, and the largest of `most` and all sums.
-__device__ __forceinline__ float hadamard_of_chunks(const Chunks& chunks, Sums& sums, float most) {
+__device__ __forceinline__ float hadamard_of_chunks(Chunks& x, float most) {
   int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
   u32 a = __float_as_uint(1.f) | __popc(g & t) << 31, b = __float_as_uint(1.f) | __popc(g & (t + 4)) << 31;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     constexpr float ZERO[4] = {};
-    float d[4], v[4];
-    scaled_inputs(chunks, i, v);
+    float d[4], v[4] = {x.v[0][i], x.v[1][i], x.v[2][i], x.v[3][i]};
     multiply_chunks<false>(d, ZERO, a, b, v[0], v[1]);
     multiply_chunks<true>(d, d, a, b, v[2], v[3]);
     if (X_TYPE != 2) {
@@ -84,10 +71,10 @@ __device__ __forceinline__ float hadamard_of_chunks(const Chunks& chunks, Sums& 
       multiply_chunks<true>(d, d, a, b, v[2], v[3]);
     }
 #pragma unroll
-    for (int c = 0; c < 4; c++) sums.v[c][i] = d[c];
+    for (int c = 0; c < 4; c++) x.v[c][i] = d[c];
   }
 #pragma unroll
-  for (int c = 0; c < 4; c++) hadamard_of_eight(sums.v[c]), most = most_of_eight(sums.v[c], most);
+  for (int c = 0; c < 4; c++) hadamard_of_eight(x.v[c]), most = most_of_eight(x.v[c], most);
   return most;
 }
 
@@ -102,10 +89,10 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
   auto channel_of = [&](int k) {
     return !VECTORS ? channel_bytes(p, k) : k < p.in ? *(const uint2*)(p.channel + k) : make_uint2(0, 0);
   };
-  Chunks chunks;
+  uint2 channel[4];
   auto read_channels = [&](int from) {
 #pragma unroll
-    for (int c = 0; c < 4; c++) chunks.channel[c] = channel_of(from + chunk_of_x(c));
+    for (int c = 0; c < 4; c++) channel[c] = channel_of(from + chunk_of_x(c));
   };
   read_channels(first);
   if (AHEAD) {
@@ -128,29 +115,29 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
   for (int token = blockIdx.x; token < p.tokens; token += ctas, turn++) {
     int slot = turn & 1;
     i64 row = token * p.x_stride;
-    auto read = [&](int from) {
+    auto read = [&](int from, Chunks& x) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         int k = from + chunk_of_x(c);
-        Raw& raw = chunks.x[c];
-        raw = {};
+        Raw raw = {};
         if (!VECTORS)
           raw = load_raw(p, row, k);
         else if (k < p.in)
           read_words<16>(raw.words, AHEAD ? rows_of_x + slot * ROW_BYTES + 2 * k : (const u8*)((const u16*)p.x + row + k));
+        scaled_values(raw, channel[c], x.v[c]);
       }
     };
     if (FETCHED) read_channels(first);  // kept, they would become floats, in four times as many registers
     if (AHEAD) barrier_wait(arrived + 8 * slot, turn >> 1 & 1);
-    read(first);
+    Chunks x;
+    read(first, x);
     __syncwarp();  // or the compiler doubts that lanes are together
-    Sums sums;
-    float most = hadamard_of_chunks(chunks, sums, 0.f);
+    float most = hadamard_of_chunks(x, 0.f);
     if constexpr (OF_CTA < IN_PADDED) {
 #pragma unroll 1
       for (int from = first + OF_CTA; from < IN_PADDED; from += OF_CTA) {  // the rest is read again
-        Sums more;
-        read_channels(from), read(from), most = hadamard_of_chunks(chunks, more, most);
+        Chunks more;
+        read_channels(from), read(from, more), most = hadamard_of_chunks(more, most);
       }
     }
     TokenScale of_token = token_scale(most_of_warps<SPREAD_THREADS / 32>(most, slot));
@@ -161,7 +148,7 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
       int k = from + chunk_of_sums(0), place = place_of_sums ^ token % 8 * 16;
 #pragma unroll
       for (int c = 0; c < 4; c++) {  // 128 inputs further if odd, 64 in the upper half
-        uint2 eight = make_uint2(in_8_bits(sums.v[c], of_token.inverse), in_8_bits(sums.v[c] + 4, of_token.inverse));
+        uint2 eight = make_uint2(in_8_bits(x.v[c], of_token.inverse), in_8_bits(x.v[c] + 4, of_token.inverse));
         if (k + c % 2 * 128 < IN_PADDED) *(uint2*)(column + (k / TILE + c % 2) * STAGE_BYTES + (place ^ c / 2 * 32)) = eight;
       }
     };
@@ -169,7 +156,7 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
     if constexpr (OF_CTA < IN_PADDED) {
 #pragma unroll 1
       for (int from = first + OF_CTA; from < IN_PADDED; from += OF_CTA) {
-        read_channels(from), read(from), hadamard_of_chunks(chunks, sums, 0.f), store(from);
+        read_channels(from), read(from, x), hadamard_of_chunks(x, 0.f), store(from);
       }
       __syncthreads();
       fetch(token + 2 * ctas, slot);
