@@ -6,6 +6,7 @@ in a model whose layers follow each other; `eager_microseconds` is the wall time
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,8 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays: int = 15) -> dict[str, float]:
-    """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns."""
+    """Median over replays of a CUDA graph of a method's calls, for one call; the methods take turns, each time in
+    another order: what follows a product that draws much power runs at a lower clock."""
     repeated = {name: [*calls] * -(-_GRAPH_CALLS // len(calls)) for name, calls in methods.items()}
     graphs = {name: _captured(calls) for name, calls in repeated.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
@@ -106,8 +108,9 @@ def graph_microseconds(methods: dict[str, Sequence[Callable[[], Any]]], replays:
         for graph in graphs.values():
             graph.replay()
         torch.cuda.synchronize()
+    order = random.Random(0)
     for _ in range(replays):
-        for name, graph in graphs.items():
+        for name, graph in order.sample(list(graphs.items()), len(graphs)):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()

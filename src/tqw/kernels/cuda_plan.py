@@ -476,7 +476,7 @@ def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
     weights = out * base.padded_in
     if not takes_8_bits(base, device) or (out <= 1024 and _is_small(base, tokens, out)):
         return False
-    return tokens * base.padded_in > _COARSE_BYTES or tokens * weights > _PROMPT_PRODUCTS
+    return tokens * base.padded_in > _COARSE_BYTES or tokens * weights >= _PROMPT_PRODUCTS
 
 
 def takes_8_bits(base: Variant, device: Device) -> bool:
