@@ -465,7 +465,7 @@ def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
 def test_prompts_are_many_tokens_of_large_layers():
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
-    asked = ((1024, 4096), (2048, 4096), (2049, 4096), (1024, 28672), (1 << 15, 512), (1 << 15, 1024))
+    asked = ((1024, 4096), (2047, 4096), (2048, 4096), (1024, 28672), (1 << 15, 512), (1 << 15, 1024))
     assert [cuda_plan.is_prompt(base, *each, h100) for each in asked] == [False, False, True, True, False, True]
     assert not cuda_plan.is_prompt(replace(base, planes=2), 4096, 4096, h100)
     assert not cuda_plan.is_prompt(base, 4096, 4096, replace(h100, arch="sm_100"))
