@@ -134,8 +134,10 @@ class Variant:
 
     def ring_bytes(self) -> int:
         """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
-        stages = max(self.stages * self.stage_bytes(), self.columns * (64 * self.warpgroups + 4) * 4)
-        return stages + 16 * self.stages + 4 * self.columns
+        cluster = 1 if self.apart else self.split
+        owned = -(-self.columns // 8 // cluster)  # eights of columns of each CTA of a cluster
+        sums = (cluster - 1) * owned * 2048 * self.warpgroups + owned * 32 * (64 * self.warpgroups + 4)
+        return max(self.stages * self.stage_bytes(), sums) + 16 * self.stages + 4 * self.columns
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,7 @@ def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
 def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
     """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
 
-    The cost is in tiles of 64 rows, fitted to 15 shapes of 32 to 1,024 tokens on one H100."""
+    The cost is in tiles of 64 rows, fitted to 7 layers at 32 to 1,024 tokens on one H100."""
     blocks = -(-tokens // 256)
     columns = next(c for c in _COLUMNS if c >= -(-tokens // blocks))
     tiles = base.padded_in // base.tile
@@ -375,7 +377,7 @@ def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Var
         if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
             alone += 0.15 * each
         adding = 0 if split == 1 else 10 + 2 * split if apart else 3.5 * split
-        adding *= min(1, columns / 64) ** 0.5
+        adding *= (columns / 64) ** (0.5 if columns < 64 else -0.3 if split == 2 and not apart else 0)
         fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
         return (each + alone) * -(-tiles // split) * warpgroups + adding + fetching
 

@@ -5,8 +5,9 @@
 // bulk copy: tqw_spread writes it in that order.
 //
 // A CTA computes ROWS = 64 WARPGROUPS outputs of COLUMNS tokens over 1 / SPLIT of the inputs. The SPLIT CTAs add up, in a
-// fixed order, through their shared memory as a cluster; or (APART) through global memory, where the last to come adds
-// up: that takes longer, but clusters of more than two leave multiprocessors idle, and nobody waits for anybody.
+// fixed order, as a cluster, each some of the columns, in its shared memory; or (APART) through global memory, where the
+// last to come adds up: that takes longer, but clusters of more than two leave multiprocessors idle, and nobody waits for
+// anybody.
 //
 // COLUMNS    tokens of a CTA: a multiple of 8, to 256   WARPGROUPS   1, 2
 // SPLIT      parts of the inputs                        STAGES       stages of the ring
@@ -16,9 +17,14 @@
 //            together (SPREAD = SPLIT = 1); nothing on the host depends on the ids
 
 static_assert(TILE == 128 && (COARSE || !APART), "a stage is 128 inputs");
-static constexpr int ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
-static constexpr int RING_BYTES = STAGES * STAGE_BYTES > COLUMNS * SUM_PITCH * 4 ? STAGES * STAGE_BYTES
-                                                                                 : COLUMNS * SUM_PITCH * 4;
+static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
+// Sums of eight columns are added up and stored by one CTA of the cluster; each has at most OWNED of these octets.
+static constexpr int OCTETS = COLUMNS / 8, OWNED = (OCTETS + CLUSTER - 1) / CLUSTER, OCTET_BYTES = 16 * THREADS;
+__host__ __device__ constexpr int owner_of(int octet) { return octet * CLUSTER / OCTETS; }
+__host__ __device__ constexpr int first_octet(int owner) { return (owner * OCTETS + CLUSTER - 1) / CLUSTER; }
+// What the other CTAs bring, and sums by columns.
+static constexpr int BROUGHT_BYTES = (CLUSTER - 1) * OWNED * OCTET_BYTES, SUM_BYTES = BROUGHT_BYTES + OWNED * 32 * SUM_PITCH;
+static constexpr int RING_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
 
 // ------------------------------------------------------------------------------------------- operands and sums
 
@@ -99,25 +105,34 @@ __device__ __forceinline__ bool add_parts(const Params& p, int tile, int rank, f
 }
 #endif
 
-// Four neighbouring sums, of all CTAs of the cluster.
-__device__ __forceinline__ void read_sums(const float* mine, float* value) {
 #if CLUSTER > 1
-  value[0] = value[1] = value[2] = value[3] = 0.f;
+// The sums of all CTAs of the cluster, in the owner of each octet: written to it, since to read there takes twice as long.
+// Before, its ring is done with.
+__device__ __forceinline__ void add_octets(u8* brought, int rank, float* sums) {
+  u32 mine = shared_address(brought) + threadIdx.x * 16;
 #pragma unroll
-  for (int rank = 0; rank < SPLIT; rank++) {
-    u32 address = address_of_rank(shared_address(mine), rank);
-    float4 f;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
-                 : "r"(address)
-                 : "memory");
-    value[0] += f.x, value[1] += f.y, value[2] += f.z, value[3] += f.w;
+  for (int i = 0; i < OCTETS; i++) {
+    const int owner = owner_of(i), place = i - first_octet(owner);
+    if (rank != owner)
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
+                       address_of_rank(mine + ((rank - (rank > owner)) * OWNED + place) * OCTET_BYTES, owner)),
+                   "f"(sums[4 * i]), "f"(sums[4 * i + 1]), "f"(sums[4 * i + 2]), "f"(sums[4 * i + 3])
+                   : "memory");
   }
-#else
-  float4 f = *(const float4*)mine;
-  value[0] = f.x, value[1] = f.y, value[2] = f.z, value[3] = f.w;
-#endif
+  cluster_arrive();
+  cluster_wait();
+#pragma unroll
+  for (int i = 0; i < OCTETS; i++) {
+    if (rank != owner_of(i)) continue;
+    const u8* from = brought + threadIdx.x * 16 + (i - first_octet(rank)) * OCTET_BYTES;
+#pragma unroll
+    for (int other = 0; other < CLUSTER - 1; other++) {
+      float4 v = *(const float4*)(from + other * OWNED * OCTET_BYTES);
+      sums[4 * i] += v.x, sums[4 * i + 1] += v.y, sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
+    }
+  }
 }
+#endif
 
 // Eight neighbouring outputs of a token, 16-bit, aligned.
 __device__ __forceinline__ void store_eight(const Params& p, int token, int row, float* value) {
@@ -272,10 +287,11 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   wait_products<0>();
   asm volatile("cp.async.wait_all;" ::: "memory");
 
-  // Through shared memory, so that rows are written side by side.
   __syncthreads();
-  float* sums = (float*)ring;
   auto column_of = [&](int i) { return i / 4 * 8 + 2 * t + i % 2; };
+#if CLUSTER > 1
+  cluster_arrive();
+#endif
   float total[COLUMNS / 2];
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) {
@@ -287,36 +303,37 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #if APART
   if (!add_parts(p, here.block * (gridDim.x / SPLIT) + here.rows, rank, total, (int*)scale_of)) return;
 #endif
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++) sums[column_of(i) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
 #if CLUSTER > 1
-  cluster_arrive();
   cluster_wait();
-#else
-  __syncthreads();
+  add_octets(ring, rank, total);
 #endif
+
+  // Through shared memory, so that rows are written side by side.
+  int owner = CLUSTER > 1 ? rank : 0, first_column = 8 * first_octet(owner);
+  int columns = min(tokens, 8 * first_octet(owner + 1)) - first_column;
+  float* sums = (float*)(ring + BROUGHT_BYTES);
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++)
+    if (owner_of(i / 4) == owner) sums[(column_of(i) - first_column) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
+  __syncthreads();
 #if EXPERTS
-  auto output = [&](int token) { return p.pair[first_token + token]; };
+  auto output = [&](int column) { return p.pair[first_token + first_column + column]; };
 #else
-  auto output = [&](int token) { return first_token + token; };
+  auto output = [&](int column) { return first_token + first_column + column; };
 #endif
   bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
 #pragma unroll 4
-  for (int i = ((CLUSTER > 1 ? rank : 0) * 128 * WARPGROUPS + threadIdx.x) * 8; i < tokens * ROWS; i += CLUSTER * 1024 * WARPGROUPS) {
-    int token = i / ROWS, row = first_row + i % ROWS;
-    float value[8];
-#pragma unroll
-    for (int h = 0; h < 2; h++) read_sums(sums + token * SUM_PITCH + i % ROWS + 4 * h, value + 4 * h);
+  for (int i = threadIdx.x * 8; i < columns * ROWS; i += THREADS * 8) {
+    int column = i / ROWS, row = first_row + i % ROWS;
+    const float4* from = (const float4*)(sums + column * SUM_PITCH + i % ROWS);
+    float4 low = from[0], high = from[1];
+    float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     if (whole) {
-      if (row < p.out) store_eight(p, output(token), row, value);
+      if (row < p.out) store_eight(p, output(column), row, value);
     } else {
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        if (row + j < p.out) store_output(p, output(token), row + j, value[j]);
+        if (row + j < p.out) store_output(p, output(column), row + j, value[j]);
     }
   }
-#if CLUSTER > 1
-  cluster_signal();  // no CTA leaves while another still reads its sums
-  cluster_wait();
-#endif
 }
