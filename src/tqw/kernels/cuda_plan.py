@@ -133,11 +133,11 @@ class Variant:
         return self.padded_in // self.tile * self.stage_bytes()
 
     def ring_bytes(self) -> int:
-        """Dynamic shared memory of the middle kernel: stages, later sums; barriers; token scales."""
+        """Dynamic shared memory of the middle kernel: stages, later sums and outputs; barriers; token scales."""
         cluster = 1 if self.apart else self.split
         owned = -(-self.columns // 8 // cluster)  # eights of columns of each CTA of a cluster
-        sums = (cluster - 1) * owned * 2048 * self.warpgroups + owned * 32 * (64 * self.warpgroups + 4)
-        return max(self.stages * self.stage_bytes(), sums) + 16 * self.stages + 4 * self.columns
+        end = owned * ((cluster - 1) * 2048 * self.warpgroups + 8 * (128 * self.warpgroups + 16))
+        return max(self.stages * self.stage_bytes(), end) + 16 * self.stages + 4 * self.columns
 
 
 @dataclass(frozen=True)

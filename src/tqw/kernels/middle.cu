@@ -17,14 +17,14 @@
 //            together (SPREAD = SPLIT = 1); nothing on the host depends on the ids
 
 static_assert(TILE == 128 && (COARSE || !APART), "a stage is 128 inputs");
-static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS, SUM_PITCH = ROWS + 4;
+static constexpr int THREADS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS, COLUMN_BYTES = 2 * ROWS + 16;
 // Sums of eight columns are added up and stored by one CTA of the cluster; each has at most OWNED of these octets.
 static constexpr int OCTETS = COLUMNS / 8, OWNED = (OCTETS + CLUSTER - 1) / CLUSTER, OCTET_BYTES = 16 * THREADS;
 __host__ __device__ constexpr int owner_of(int octet) { return octet * CLUSTER / OCTETS; }
 __host__ __device__ constexpr int first_octet(int owner) { return (owner * OCTETS + CLUSTER - 1) / CLUSTER; }
-// What the other CTAs bring, and sums by columns.
-static constexpr int BROUGHT_BYTES = (CLUSTER - 1) * OWNED * OCTET_BYTES, SUM_BYTES = BROUGHT_BYTES + OWNED * 32 * SUM_PITCH;
-static constexpr int RING_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
+// Behind what the other CTAs bring lie the outputs.
+static constexpr int BROUGHT_BYTES = (CLUSTER - 1) * OWNED * OCTET_BYTES, END_BYTES = BROUGHT_BYTES + OWNED * 8 * COLUMN_BYTES;
+static constexpr int RING_BYTES = STAGES * STAGE_BYTES > END_BYTES ? STAGES * STAGE_BYTES : END_BYTES;
 
 // ------------------------------------------------------------------------------------------- operands and sums
 
@@ -134,19 +134,9 @@ __device__ __forceinline__ void add_octets(u8* brought, int rank, float* sums) {
 }
 #endif
 
-// Eight neighbouring outputs of a token, 16-bit, aligned.
-__device__ __forceinline__ void store_eight(const Params& p, int token, int row, float* value) {
-  if (p.bias) {
-    uint4 q = *(const uint4*)((const u16*)p.bias + row);
-    u32 words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      value[2 * i] += value_16((u16)words[i]);
-      value[2 * i + 1] += value_16((u16)(words[i] >> 16));
-    }
-  }
-  *(uint4*)((u16*)p.y + (i64)token * p.out + row) = make_uint4(
-      pack_pair(value[0], value[1]), pack_pair(value[2], value[3]), pack_pair(value[4], value[5]), pack_pair(value[6], value[7]));
+// 16 rows of eight columns, of a warp, transposed: a column's rows side by side. to: of a lane's column, of its eight rows.
+__device__ __forceinline__ void store_transposed(u32 to, u32 upper, u32 lower) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(upper), "r"(lower) : "memory");
 }
 
 // What a CTA computes, or those that share the inputs: ROWS outputs of COLUMNS tokens. CTAs that run at the same time
@@ -174,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   const Params& p = given;
   int tokens = min(COLUMNS, p.tokens - here.block * COLUMNS);
 #endif
-  extern __shared__ __align__(1024) u8 ring[];  // stages, later sums; barriers; scales of the tokens
+  extern __shared__ __align__(1024) u8 ring[];  // stages, later sums and outputs; barriers; scales of the tokens
   float* scale_of = (float*)(ring + RING_BYTES + 16 * STAGES);
   int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int rank = blockIdx.x % SPLIT, first_row = here.rows * ROWS, first_token = here.block * COLUMNS;
@@ -286,7 +276,6 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
 #endif
   wait_products<0>();
   asm volatile("cp.async.wait_all;" ::: "memory");
-
   __syncthreads();
   auto column_of = [&](int i) { return i / 4 * 8 + 2 * t + i % 2; };
 #if CLUSTER > 1
@@ -308,32 +297,41 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   add_octets(ring, rank, total);
 #endif
 
-  // Through shared memory, so that rows are written side by side.
   int owner = CLUSTER > 1 ? rank : 0, first_column = 8 * first_octet(owner);
   int columns = min(tokens, 8 * first_octet(owner + 1)) - first_column;
-  float* sums = (float*)(ring + BROUGHT_BYTES);
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; i++)
-    if (owner_of(i / 4) == owner) sums[(column_of(i) - first_column) * SUM_PITCH + warp * 16 + g + i % 4 / 2 * 8] = total[i];
-  __syncthreads();
 #if EXPERTS
   auto output = [&](int column) { return p.pair[first_token + first_column + column]; };
 #else
   auto output = [&](int column) { return first_token + first_column + column; };
 #endif
-  bool whole = X_TYPE != 0 && p.out % 8 == 0 && ((u64)p.y | (u64)p.bias) % 16 == 0;
-#pragma unroll 4
-  for (int i = threadIdx.x * 8; i < columns * ROWS; i += THREADS * 8) {
-    int column = i / ROWS, row = first_row + i % ROWS;
-    const float4* from = (const float4*)(sums + column * SUM_PITCH + i % ROWS);
-    float4 low = from[0], high = from[1];
-    float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    if (whole) {
-      if (row < p.out) store_eight(p, output(column), row, value);
-    } else {
+#if X_TYPE == 0
 #pragma unroll
-      for (int j = 0; j < 8; j++)
-        if (row + j < p.out) store_output(p, output(column), row + j, value[j]);
-    }
+  for (int i = 0; i < COLUMNS / 2; i++) {
+    int column = column_of(i) - first_column, row = first_row + warp * 16 + g + i % 4 / 2 * 8;
+    if (owner_of(i / 4) == owner && column < columns && row < p.out) store_output(p, output(column), row, total[i]);
   }
+#else
+  // Through shared memory, so that rows are written side by side.
+  const u16* biases = (const u16*)p.bias;
+  float bias[2] = {biases ? value_16(biases[row0]) : 0.f, biases ? value_16(biases[row1]) : 0.f};
+  u8* outputs = ring + BROUGHT_BYTES;
+  u32 to = shared_address(outputs) + (lane & 7) * COLUMN_BYTES + (warp * 16 + (lane & 8)) * 2;
+#pragma unroll
+  for (int i = 0; i < OCTETS; i++) {
+    const float* v = total + 4 * i;
+    if (owner_of(i) == owner)
+      store_transposed(to + (8 * i - first_column) * COLUMN_BYTES, pack_pair(v[0] + bias[0], v[1] + bias[0]),
+                       pack_pair(v[2] + bias[1], v[3] + bias[1]));
+  }
+  __syncthreads();
+  bool whole = p.out % 8 == 0 && (u64)p.y % 16 == 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < columns * (ROWS / 8); i += THREADS) {
+    int column = i / (ROWS / 8), row = i % (ROWS / 8) * 8;
+    const u8* from = outputs + column * COLUMN_BYTES + row * 2;
+    u16* y = (u16*)p.y + (i64)output(column) * p.out + first_row + row;
+    if (whole && first_row + row < p.out) *(uint4*)y = *(const uint4*)from;
+    for (int j = 0; !whole && j < 8 && first_row + row + j < p.out; j++) y[j] = ((const u16*)from)[j];
+  }
+#endif
 }
