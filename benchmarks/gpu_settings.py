@@ -2,6 +2,9 @@
 
 python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16] [--only split=4 ...] [-o settings.json]
 python benchmarks/gpu_settings.py --kernel middle --tokens 32 64 128 256 [-o middle.json]
+python benchmarks/gpu_settings.py --kernel coarse --tokens 96 160 256 384 512 768 1024 [-o coarse.json]
+
+coarse: the middle kernel with operands of 8 bits, the divisions that `coarse_divisions` takes for the best.
 """
 
 from __future__ import annotations
@@ -40,11 +43,20 @@ MIDDLE: dict[str, tuple] = {
     "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "apart": (False, True), "stages": (3, 4),
     "min_ctas": (1, 2, 4),
 }  # fmt: skip
-PRESENT = {"decode": cuda_plan.decode_variant, "middle": cuda_plan.middle_variant}
+COARSE = ("columns", "warpgroups", "split", "apart")
+PRESENT = {
+    "decode": cuda_plan.decode_variant, "middle": cuda_plan.middle_variant, "coarse": cuda_plan.middle_variant,
+}  # fmt: skip
 
 
-def candidates(kernel: str, tokens: int, only: dict[str, tuple], layouts: tuple) -> Iterator[dict[str, Any]]:
-    if kernel == "middle":
+def candidates(
+    kernel: str, qw: QuantizedWeight, tokens: int, only: dict[str, tuple], layouts: tuple
+) -> Iterator[dict[str, Any]]:
+    if kernel == "coarse":
+        device = cuda_launch.device_at(qw.packed[0].device.index)
+        best = cuda_plan.coarse_divisions(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
+        yield from (dict(zip(COARSE, division, strict=True)) for division in best[:12])
+    elif kernel == "middle":
         values = [only.get(name, choice) for name, choice in MIDDLE.items()]
         yield from (dict(zip(MIDDLE, chosen, strict=True)) for chosen in itertools.product(*values))
     else:
@@ -69,6 +81,8 @@ def variant(
     kernel: str, chosen: dict[str, Any], base: cuda_plan.Variant, tokens: int, out: int, device: Any
 ) -> cuda_plan.Variant | None:
     """The present variant with other settings; None: the kernel is not for so many tokens."""
+    if kernel == "coarse" and chosen:
+        return cuda_plan.coarse_of(base, **chosen)
     present = PRESENT[kernel](base, tokens, out, device)
     if chosen and present and present.coarse:  # each part of the inputs has scales of T(x)
         chosen = chosen | {"spread": chosen["split"]}
@@ -77,7 +91,7 @@ def variant(
 
 def fits(kernel: str, item: cuda_plan.Variant, device: Any) -> bool:
     """Enough shared memory, and enough inputs for the parts."""
-    if kernel != "middle":
+    if kernel == "decode":
         return True
     if item.apart and (item.split == 1 or not item.coarse):
         return False
@@ -154,7 +168,7 @@ def report(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--kernel", choices=["decode", "middle"], default="decode")
+    parser.add_argument("--kernel", choices=list(PRESENT), default="decode")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--only", nargs="*", default=[], help="for example ring=2,4 halves=1")
@@ -171,7 +185,7 @@ def main() -> None:
     items = [
         variant(kernel, chosen, cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
         for qw, tokens in itertools.product(weights.values(), arguments.tokens)
-        for chosen in candidates(kernel, tokens, only, layouts)
+        for chosen in candidates(kernel, qw, tokens, only, layouts)
     ]
     compile_all({item for item in items if item and fits(kernel, item, device)}, device.arch)
     for shape, qw in weights.items():
@@ -179,7 +193,7 @@ def main() -> None:
         for tokens in arguments.tokens:
             x = torch.randn(tokens, dense.shape[1], device="cuda", dtype=torch.bfloat16)
             exact = functional.linear(x.double(), dense.double())
-            everything = [None, *candidates(kernel, tokens, only, layouts)]
+            everything = [None, *candidates(kernel, qw, tokens, only, layouts)]
             here = measured(x, qw, exact, kernel, everything, bench.cold_dense_calls(x, dense), copies)
             rows += [{"shape": shape, "tokens": tokens, **row} for row in here]
             report(f"{shape} {tokens}", here)

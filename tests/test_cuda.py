@@ -107,10 +107,8 @@ def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
 
 def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether middle.cu takes the call on Hopper so."""
-    tokens = x.shape[:-1].numel()
-    large = qw.out_features * qw.padded_in > cuda_plan._SMALL_WEIGHTS or qw.out_features > 1024
     least = cuda_plan.decode_tokens(cuda._variant(qw, x.dtype), qw.out_features, cuda_launch.device_at(x.device.index))
-    return for_8_bits(qw, x) and tokens > least and (tokens <= cuda_plan._SMALL_TOKENS or large)
+    return for_8_bits(qw, x) and x.shape[:-1].numel() > least
 
 
 def forget_plans() -> None:
@@ -165,12 +163,9 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
     ("out_features", "in_features", "tokens"),
     [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (523, 20480, 150), (4096, 512, 3000)],
 )
-def test_hundreds_of_tokens_in_8_bits(
-    poisoned, fresh_plans, monkeypatch, bits, group_size, out_features, in_features, tokens
-):
+def test_hundreds_of_tokens_in_8_bits(poisoned, fresh_plans, bits, group_size, out_features, in_features, tokens):
     """An odd number of tiles, inputs shared by several CTAs, inputs that are read twice, several blocks of tokens."""
     needs_hopper()
-    monkeypatch.setattr(cuda_plan, "_SMALL_WEIGHTS", 0)
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
     for dtype in (torch.float16, torch.bfloat16):
         x, bias = torch.randn(in_features, tokens).cuda().to(dtype).T, torch.randn(out_features).cuda().to(dtype)
@@ -183,13 +178,23 @@ def test_hundreds_of_tokens_in_8_bits(
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("split", "apart"), [(1, False), (2, False), (5, False), (2, True), (3, True), (12, True)])
+@pytest.mark.parametrize(
+    ("columns", "tokens", "split", "apart"),
+    [
+        (columns, tokens, *how)
+        for columns, tokens in ((32, 24), (128, 100), (256, 250), (256, 600))
+        for how in ((1, False), (2, False), (5, False), (2, True), (3, True), (12, True))
+    ]
+    + [
+        (columns, tokens, *how)
+        for columns, tokens in ((64, 150), (96, 96), (160, 600), (176, 170), (192, 400), (224, 450))
+        for how in ((1, False), (2, False), (3, True))
+    ],
+)
 @pytest.mark.parametrize("warpgroups", [1, 2])
-@pytest.mark.parametrize("tokens", [24, 100, 250, 600])
-def test_parts_of_the_inputs_in_8_bits(poisoned, fresh_plans, monkeypatch, split, apart, warpgroups, tokens):
-    """Each way to share the inputs, the same result again and again."""
+def test_divisions_in_8_bits(poisoned, fresh_plans, monkeypatch, columns, tokens, split, apart, warpgroups):
+    """Each way to share tokens and inputs, the same result again and again."""
     needs_hopper()
-    columns = next(c for c in (32, 128, 256) if c >= min(tokens, 256))
 
     def chosen(base, tokens, out, device):
         return cuda_plan.coarse_of(base, columns, warpgroups, split, apart)
@@ -208,8 +213,8 @@ def test_parts_of_the_inputs_in_8_bits(poisoned, fresh_plans, monkeypatch, split
 def prompts(monkeypatch, fresh_plans) -> None:
     """Any number of tokens as long prompts of large layers are."""
     needs_hopper()
-    for name in ("PROMPT_TOKENS", "_PROMPT_PRODUCTS", "_SMALL_WEIGHTS"):
-        monkeypatch.setattr(cuda_plan, name, 0)
+    monkeypatch.setattr(cuda_plan, "PROMPT_TOKENS", 0)
+    monkeypatch.setattr(cuda_plan, "is_prompt", lambda base, tokens, out, device: cuda_plan.takes_8_bits(base, device))
 
 
 @pytest.mark.gpu
@@ -437,7 +442,7 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
 @pytest.mark.parametrize(("bits", "group"), [(2, 128), (3, 128), (4, 128), (2, 32), (4, 64), (4, 32)])
 @pytest.mark.parametrize(
     ("padded_in", "out_features", "tokens"),
-    [(4096, 4096, t) for t in (17, 64, 128, 256, 512)] + [(4096, 28672, t) for t in (192, 256)] + [(1152, 4096, 130)],
+    [(4096, 4096, t) for t in (17, 64, 128, 160, 256, 448, 512, 768)] + [(4096, 28672, 256), (1152, 4096, 130)],
 )
 def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_features, tokens):
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
@@ -465,7 +470,7 @@ def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
 def test_prompts_are_many_tokens_of_large_layers():
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
-    asked = ((1024, 4096), (2047, 4096), (2048, 4096), (1024, 28672), (1 << 15, 512), (1 << 15, 1024))
+    asked = ((1024, 4096), (1792, 4096), (2048, 4096), (1024, 28672), (1 << 13, 512), (1 << 15, 1024))
     assert [cuda_plan.is_prompt(base, *each, h100) for each in asked] == [False, False, True, True, False, True]
     assert not cuda_plan.is_prompt(replace(base, planes=2), 4096, 4096, h100)
     assert not cuda_plan.is_prompt(base, 4096, 4096, replace(h100, arch="sm_100"))
@@ -479,7 +484,22 @@ def test_8_bits_only_where_they_cost_little():
     for change in ({"bits": (5,)}, {"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
         assert not cuda_plan.takes_8_bits(replace(base, **change), h100)
     assert not cuda_plan.takes_8_bits(base, replace(h100, arch="sm_100"))
-    assert cuda_plan.middle_variant(base, 512, 512, h100) is None
+
+
+@pytest.mark.parametrize("out_features", [1, 17, 1024, 4096, 28672])
+@pytest.mark.parametrize("in_features", [512, 1152, 4096, 14336])
+def test_divisions_take_all_tokens_and_fit(out_features, in_features):
+    """From as many tokens as fill a block to one more: no columns that a smaller block would not need."""
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
+    base = cuda_plan.Variant((4,), in_features, 128, 128, 128, True, True, 2, planes=1)
+    for tokens in (9, 16, 17, 64, 65, 128, 160, 161, 256, 257, 512, 1000, 4096):
+        divisions = cuda_plan.coarse_divisions(base, tokens, out_features, h100)
+        assert len(set(divisions)) == len(divisions) > 0
+        for columns, warpgroups, split, apart in divisions:
+            variant = cuda_plan.coarse_of(base, columns, warpgroups, split, apart)
+            assert variant.ring_bytes() <= h100.shared_bytes
+            assert 256 * split <= in_features or split == 1
+            assert columns < tokens + 64
 
 
 def test_expert_kernel_compiles_without_spills():

@@ -136,7 +136,7 @@ def test_rows_far_apart_are_not_copied_and_columns_are(driver):
 
 
 def test_turns_and_slices_of_a_prompt_follow_each_other(driver, monkeypatch):
-    monkeypatch.setattr(cuda_plan, "_PROMPT_PRODUCTS", 0)
+    monkeypatch.setattr(cuda_plan, "is_prompt", lambda *_: True)
     monkeypatch.setattr(cuda, "_PROMPT_BYTES", 1 << 20)
     monkeypatch.setattr(cuda, "_ROWS_BYTES", 2 << 20)
     qw, x = quantize(torch.randn(3080, 1024) * 0.05, QuantConfig()), torch.randn(2500, 1024).bfloat16()

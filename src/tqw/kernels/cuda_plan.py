@@ -17,13 +17,14 @@ _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared m
 _WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 8 bits and strips are no even share
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
-_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens: dense rows win (H100)
+_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens with 16 bits: dense rows win (H100)
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
 PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
-PROMPT_TOKENS, _PROMPT_PRODUCTS = 1024, 1 << 35  # from so many of both on V is decoded once for all tokens (H100)
+PROMPT_TOKENS = 1024  # from so many on V may be decoded once for all tokens
 _COARSE_BYTES = 64 << 20  # of T(x) in 8 bits in the middle kernel; more are a prompt
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
 _COLUMNS = (8, 16, 32, 64, 96, 128, 192, 256)  # of a CTA of middle.cu
+_COARSE_COLUMNS = (8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256)  # with operands of 8 bits
 _GROUPED_PAIRS = 1.25  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _GROUPED_PAIRS_OF_FEW_INPUTS = 0.7  # up to 2,048 inputs
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
@@ -319,20 +320,15 @@ def _to_spread(ctas: int, device: Device) -> int:
     return (device.shared_bytes + 1024) // (share + 1)
 
 
-def _is_small(base: Variant, tokens: int, out: int) -> bool:
-    """Whether there are so few weights for so many tokens that dense rows can be faster."""
-    return base.x_type > 0 and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
-
-
 def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
     """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
 
     Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    small = _is_small(base, tokens, out)
     if takes_8_bits(base, device):
-        return None if small and out <= 1024 else _coarse_variant(base, tokens, out, device)
+        return coarse_of(base, *coarse_divisions(base, tokens, out, device)[0])
+    small = base.x_type > 0 and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
     if small or tokens > MIDDLE_TOKENS:
         return None
     _, wide = _sizes(base, out, device)
@@ -359,34 +355,56 @@ def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     )
 
 
-def _coarse_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
-    """The variant of middle.cu with operands of 8 bits: into how many parts the inputs are divided, and by whom.
-
-    The cost is in tiles of 64 rows, fitted to 7 layers at 32 to 1,024 tokens on one H100."""
-    blocks = -(-tokens // 256)
-    columns = next(c for c in _COLUMNS if c >= -(-tokens // blocks))
-    tiles = base.padded_in // base.tile
-
-    def cost(warpgroups: int, split: int, apart: bool) -> float:
-        groups, together = -(-out // (64 * warpgroups)) * blocks, _together(columns) // warpgroups
-        each = _of_each(groups * split, 1 if apart else split, device)
-        if split > 1 and (each > together or tiles < 2 * split):
-            return math.inf
-        alone = each if together == 1 else each % together == 1  # CTAs whose waits no other hides
-        alone *= (0.55 if warpgroups == 1 else 0.3) * 64 / max(64, columns)
-        if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
-            alone += 0.15 * each
-        adding = 0 if split == 1 else 10 + 2 * split if apart else 3.5 * split
-        adding *= (columns / 64) ** (0.5 if columns < 64 else -0.3 if split == 2 and not apart else 0)
-        fetching = 0.25 * groups * tiles / device.multiprocessors  # T(x)
-        return (each + alone) * -(-tiles // split) * warpgroups + adding + fetching
-
+def coarse_divisions(base: Variant, tokens: int, out: int, device: Device) -> list[tuple[int, int, int, bool]]:
+    """How the work of middle.cu with operands of 8 bits can be divided, for `coarse_of`, from the best to the worst:
+    how many tokens a CTA takes, how many rows, into how many parts the inputs are divided, and by whom."""
     # a cluster of more than eight is not for every GPU
     shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
-    # on all multiprocessors CTAs of 64 rows would fetch T(x) faster than the L2 cache delivers it
-    many = columns > 128 and -(-out // 64) * blocks > device.multiprocessors
-    divisions = [(warpgroups, *how) for warpgroups in ((2,) if many else (1, 2)) for how in ((1, False), *shared)]
-    return coarse_of(base, columns, *min(divisions, key=lambda division: cost(*division)))
+    divisions = [
+        (columns, warpgroups, split, apart)
+        for columns in _coarse_columns(tokens)
+        for warpgroups in (1, 2)
+        for split, apart in ((1, False), *shared)
+    ]
+    costs = {division: _coarse_cost(base, tokens, out, device, *division) for division in divisions}
+    return sorted((division for division in divisions if costs[division] < math.inf), key=lambda d: costs[d])
+
+
+def _coarse_columns(tokens: int) -> list[int]:
+    """The fewest columns for each number of blocks of tokens."""
+    fewest = {-(-tokens // columns): columns for columns in reversed(_COARSE_COLUMNS)}
+    return [columns for columns in fewest.values() if columns >= 64 or columns >= tokens]
+
+
+def _coarse_cost(
+    base: Variant, tokens: int, out: int, device: Device, columns: int, warpgroups: int, split: int, apart: bool
+) -> float:
+    """In tiles of 64 rows and 64 tokens; fitted to 14 layers at 16 to 4,096 tokens on one H100
+    (benchmarks/gpu_settings.py --kernel coarse): the best is within 5 %, on average 0.5 %, of the fastest."""
+    tiles, wide = base.padded_in // base.tile, max(1, columns / 64)
+    groups, together = -(-out // (64 * warpgroups)) * -(-tokens // columns), _together(columns) // warpgroups
+    each = _rounds(groups * split, together, 1 if apart else split, device)
+    if split > 1 and (each > together or tiles < 2 * split):
+        return math.inf
+    alone = each if together == 1 else float(each == 1)  # CTAs whose waits no other hides
+    alone *= 0.5 / wide if warpgroups == 1 else 0.3 if columns <= 64 else 0
+    if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
+        alone += 0.15 * each
+    adding = 0 if split == 1 else (8.5 + 2 * split) * (0.7 + 0.3 * wide) if apart else 2.9 * split
+    adding *= min(1, columns / 64) ** 0.5 * (wide**-0.5 if split == 2 and not apart else 1)
+    fetching = 0.15 * wide * groups * tiles / device.multiprocessors  # T(x)
+    return (each * (2 + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
+
+
+def _rounds(ctas: int, together: int, cluster: int, device: Device) -> float:
+    """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first, two
+    to some."""
+    at_once = _at_once(cluster, device)
+    each = math.ceil(ctas / at_once)
+    if each <= together:
+        return each
+    full, last = divmod(ctas, at_once * together)
+    return together * full + (min(together, max(1, 2 * last / at_once)) if last else 0)
 
 
 def _together(columns: int) -> int:
@@ -439,9 +457,14 @@ def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: D
 
 
 def _of_each(ctas: int, cluster: int, device: Device) -> int:
-    """CTAs that a multiprocessor takes. Clusters of more than two leave a tenth of the multiprocessors out: not every
-    GPC has a multiple of them."""
-    return int(-(-ctas // (device.multiprocessors * (1 if cluster <= 2 else 0.9))))
+    """CTAs that a multiprocessor takes."""
+    return math.ceil(ctas / _at_once(cluster, device))
+
+
+def _at_once(cluster: int, device: Device) -> float:
+    """CTAs that run at once where a multiprocessor takes one. Clusters of more than two leave a tenth of the
+    multiprocessors out: not every GPC has a multiple of them."""
+    return device.multiprocessors * (1 if cluster <= 2 else 0.9)
 
 
 def middle_plan(
@@ -475,10 +498,18 @@ def middle_plan(
 def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
     """Whether V is better decoded once for all tokens (prompt.cu): where T(x) is much, and where products are so many
     that they outweigh the time until the first rows are decoded."""
-    weights = out * base.padded_in
-    if not takes_8_bits(base, device) or (out <= 1024 and _is_small(base, tokens, out)):
+    if not takes_8_bits(base, device):
         return False
-    return tokens * base.padded_in > _COARSE_BYTES or tokens * weights >= _PROMPT_PRODUCTS
+    if tokens * base.padded_in > _COARSE_BYTES:
+        return True
+    division = coarse_divisions(base, tokens, out, device)[0]
+    return _prompt_cost(base, tokens, out, device) <= _coarse_cost(base, tokens, out, device, *division)
+
+
+def _prompt_cost(base: Variant, tokens: int, out: int, device: Device) -> float:
+    """Of prompt.cu, as `_coarse_cost`: clusters of two CTAs take 256 rows of 256 tokens each, again and again."""
+    rounds = math.ceil(-(-out // 256) * -(-tokens // 256) / (device.multiprocessors // 2))
+    return 25 + 3.9 * rounds * base.padded_in / base.tile
 
 
 def takes_8_bits(base: Variant, device: Device) -> bool:
