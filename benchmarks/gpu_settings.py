@@ -4,7 +4,7 @@ python benchmarks/gpu_settings.py [--shapes 4096x4096 ...] [--tokens 1 2 4 8 16]
 python benchmarks/gpu_settings.py --kernel middle --tokens 32 64 128 256 [-o middle.json]
 python benchmarks/gpu_settings.py --kernel coarse --tokens 96 160 256 384 512 768 1024 [-o coarse.json]
 
-coarse: the middle kernel with operands of 8 bits, the divisions that `coarse_divisions` takes for the best.
+coarse: the middle kernel with operands of 8 bits, the twelve divisions of least cost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ MIDDLE: dict[str, tuple] = {
     "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "apart": (False, True), "stages": (3, 4),
     "min_ctas": (1, 2, 4),
 }  # fmt: skip
-COARSE = ("columns", "warpgroups", "split", "apart")
 PRESENT = {
     "decode": cuda_plan.decode_variant, "middle": cuda_plan.middle_variant, "coarse": cuda_plan.middle_variant,
 }  # fmt: skip
@@ -54,8 +53,9 @@ def candidates(
 ) -> Iterator[dict[str, Any]]:
     if kernel == "coarse":
         device = cuda_launch.device_at(qw.packed[0].device.index)
-        best = cuda_plan.coarse_divisions(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
-        yield from (dict(zip(COARSE, division, strict=True)) for division in best[:12])
+        costs = cuda_plan.divisions(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
+        best = sorted(costs, key=lambda division: costs[division])[:12]
+        yield from (division._asdict() for division in best)
     elif kernel == "middle":
         values = [only.get(name, choice) for name, choice in MIDDLE.items()]
         yield from (dict(zip(MIDDLE, chosen, strict=True)) for chosen in itertools.product(*values))

@@ -4,11 +4,12 @@ operands have 8 bits."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqw.codebook import levels
 from tqw.kernels.cuda_launch import Device, Launch, ctas_at_once, load, resident
@@ -17,14 +18,12 @@ _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared m
 _WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 8 bits and strips are no even share
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
-_SMALL_WEIGHTS, _SMALL_TOKENS = 3 << 20, 192  # so few weights, of more tokens with 16 bits: dense rows win (H100)
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
 PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
 PROMPT_TOKENS = 1024  # from so many on V may be decoded once for all tokens
 _COARSE_BYTES = 64 << 20  # of T(x) in 8 bits in the middle kernel; more are a prompt
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
-_COLUMNS = (8, 16, 32, 64, 96, 128, 192, 256)  # of a CTA of middle.cu
-_COARSE_COLUMNS = (8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256)  # with operands of 8 bits
+_COLUMNS = (8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256)  # tokens of a CTA of middle.cu
 _GROUPED_PAIRS = 1.25  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _GROUPED_PAIRS_OF_FEW_INPUTS = 0.7  # up to 2,048 inputs
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
@@ -321,85 +320,71 @@ def _to_spread(ctas: int, device: Device) -> int:
 
 
 def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
-    """The variant of middle.cu that fills the GPU with the least re-reading; None: not for this GPU or tile.
-
-    Measured on one H100. One CTA should meet all tokens, up to 256: codes are decoded once for each block of them."""
+    """The variant of middle.cu that takes the least time; None: not for this GPU or tile, or not for so many tokens."""
     if not device.arch.startswith("sm_90") or base.tile != 128:
         return None
-    if takes_8_bits(base, device):
-        return coarse_of(base, *coarse_divisions(base, tokens, out, device)[0])
-    small = base.x_type > 0 and tokens > _SMALL_TOKENS and out * base.padded_in <= _SMALL_WEIGHTS
-    if small or tokens > MIDDLE_TOKENS:
+    coarse = takes_8_bits(base, device)
+    if not coarse and tokens > MIDDLE_TOKENS:
         return None
-    _, wide = _sizes(base, out, device)
-    if wide and tokens <= 128:
-        base = replace(base, spread=8)
-    units, blocks = device.multiprocessors, -(-tokens // 256)
-    groups = -(-out // 64) * blocks  # 64 rows and one block of tokens each
-    if tokens > 512 and groups // 2 / units / -(-groups // 2 // units) < 0.8:
-        return None  # the last wave would be too thin
-    least = 8 if wide else 32  # T(x) of many inputs is read by many: no more of it than there is
-    columns = next(c for c in _COLUMNS if c >= max(least, -(-tokens // blocks)))
-    few = groups <= (2 if columns <= 128 else 1) * units  # for CTAs of 64 rows, which read T(x) twice as often
-    warpgroups = (2, 1) if few and columns > 64 else (1,) if few else (2,)
-    divisions = [_divide(base, columns, wg, -(-out // (64 * wg)) * blocks, device) for wg in warpgroups]
-    best = min(divisions, key=lambda division: (division.cost, division.split > 2 and division.warpgroups == 2))
-    # two CTAs on a multiprocessor hide each other's waits where their registers fit
-    pair = columns == 128 and best.warpgroups == 2 and best.split == 1 and sum(base.bits) <= 4
-    base = replace(base, columns=columns, warpgroups=best.warpgroups, split=best.split, min_ctas=2 if pair else 1)
-    most = 2 if columns <= 64 and (best.ctas >= 4 or (columns == 64 and best.warpgroups == 2)) else 3 if pair else 4
-    most = 2 if columns == 256 else most
-    each = device.shared_bytes // best.ctas - 1024
-    return replace(
-        base, stages=next((n for n in range(most, 2, -1) if replace(base, stages=n).ring_bytes() <= each), 2)
-    )
+    costs = divisions(base, tokens, out, device)
+    best = min(costs, key=lambda division: costs[division])
+    return coarse_of(base, *best) if coarse else _fine_of(base, tokens, out, device, best)
 
 
-def coarse_divisions(base: Variant, tokens: int, out: int, device: Device) -> list[tuple[int, int, int, bool]]:
-    """How the work of middle.cu with operands of 8 bits can be divided, for `coarse_of`, from the best to the worst:
-    how many tokens a CTA takes, how many rows, into how many parts the inputs are divided, and by whom."""
-    # a cluster of more than eight is not for every GPU
-    shared = [(split, apart) for split in range(2, 13) for apart in (False, True) if apart or split <= 8]
-    divisions = [
-        (columns, warpgroups, split, apart)
-        for columns in _coarse_columns(tokens)
-        for warpgroups in (1, 2)
-        for split, apart in ((1, False), *shared)
-    ]
-    costs = {division: _coarse_cost(base, tokens, out, device, *division) for division in divisions}
-    return sorted((division for division in divisions if costs[division] < math.inf), key=lambda d: costs[d])
+class Division(NamedTuple):
+    """How CTAs of middle.cu share its work."""
+
+    columns: int  # tokens of a CTA
+    warpgroups: int  # of 64 rows
+    split: int = 1  # parts of the inputs
+    apart: bool = False  # the CTAs that share the inputs are no cluster
 
 
-def _coarse_columns(tokens: int) -> list[int]:
+def divisions(base: Variant, tokens: int, out: int, device: Device) -> dict[Division, float]:
+    """Ways to divide the work of middle.cu, and their costs."""
+    shared = [(split, False) for split in range(2, 9)]  # a cluster of more than eight is not for every GPU
+    if takes_8_bits(base, device):
+        shared += [(split, True) for split in range(2, 13)]
+    costs = {}
+    for columns, warpgroups in itertools.product(_columns(tokens), (1, 2)):
+        together = _together(base, columns, warpgroups, device)
+        for split, apart in ((1, False), *shared):
+            if split == 1 or 2 * split <= base.padded_in // base.tile:
+                division = Division(columns, warpgroups, split, apart)
+                costs[division] = _cost(base, tokens, out, device, together, division)
+    return {division: cost for division, cost in costs.items() if cost < math.inf}
+
+
+def _columns(tokens: int) -> list[int]:
     """The fewest columns for each number of blocks of tokens."""
-    fewest = {-(-tokens // columns): columns for columns in reversed(_COARSE_COLUMNS)}
+    fewest = {-(-tokens // columns): columns for columns in reversed(_COLUMNS)}
     return [columns for columns in fewest.values() if columns >= 64 or columns >= tokens]
 
 
-def _coarse_cost(
-    base: Variant, tokens: int, out: int, device: Device, columns: int, warpgroups: int, split: int, apart: bool
-) -> float:
-    """In tiles of 64 rows and 64 tokens; fitted to 14 layers at 16 to 4,096 tokens on one H100
-    (benchmarks/gpu_settings.py --kernel coarse): the best is within 5 %, on average 0.5 %, of the fastest."""
+def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, division: Division) -> float:
+    """In tiles of 64 rows and 64 tokens; fitted to 15 layers at 16 to 4,096 tokens on one H100
+    (benchmarks/gpu_settings.py): the best takes 0.5 % longer than the fastest, with 16 bits 0.9 %, on average."""
+    columns, warpgroups, split, apart = division
     tiles, wide = base.padded_in // base.tile, max(1, columns / 64)
-    groups, together = -(-out // (64 * warpgroups)) * -(-tokens // columns), _together(columns) // warpgroups
+    groups = -(-out // (64 * warpgroups)) * -(-tokens // columns)
     each = _rounds(groups * split, together, 1 if apart else split, device)
-    if split > 1 and (each > together or tiles < 2 * split):
+    if split > 1 and each > together:
         return math.inf
     alone = each if together == 1 else float(each == 1)  # CTAs whose waits no other hides
     alone *= 0.5 / wide if warpgroups == 1 else 0.3 if columns <= 64 else 0
     if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
         alone += 0.15 * each
     adding = 0 if split == 1 else (8.5 + 2 * split) * (0.7 + 0.3 * wide) if apart else 2.9 * split
-    adding *= min(1, columns / 64) ** 0.5 * (wide**-0.5 if split == 2 and not apart else 1)
-    fetching = 0.15 * wide * groups * tiles / device.multiprocessors  # T(x)
+    adding *= min(1, columns / 64) ** 0.5 * (wide**-0.3 if split == 2 and not apart else 1)
+    fetching = 0.15 * wide**1.15 * groups * tiles / device.multiprocessors  # T(x)
     return (each * (2 + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
 
 
 def _rounds(ctas: int, together: int, cluster: int, device: Device) -> float:
     """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first, two
     to some."""
-    at_once = _at_once(cluster, device)
+    # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
+    at_once = device.multiprocessors * (1 if cluster <= 2 else 0.9)
     each = math.ceil(ctas / at_once)
     if each <= together:
         return each
@@ -407,64 +392,48 @@ def _rounds(ctas: int, together: int, cluster: int, device: Device) -> float:
     return together * full + (min(together, max(1, 2 * last / at_once)) if last else 0)
 
 
-def _together(columns: int) -> int:
-    """Warpgroups of middle.cu with operands of 8 bits whose registers a multiprocessor holds."""
+def _together(base: Variant, columns: int, warpgroups: int, device: Device) -> int:
+    """CTAs of middle.cu whose registers and, with 16 bits, two stages a multiprocessor holds."""
+    if takes_8_bits(base, device):
+        return _coarse_warpgroups(columns) // warpgroups
+    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
+    return max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
+
+
+def _fine_of(base: Variant, tokens: int, out: int, device: Device, division: Division) -> Variant:
+    """Operands of 16 bits: more stages where CTAs are few."""
+    columns, warpgroups, split, _ = division
+    _, wide = _sizes(base, out, device)
+    if wide and tokens <= 128:
+        base = replace(base, spread=8)
+    # two CTAs on a multiprocessor hide each other's waits where their registers fit
+    pair = columns == 128 and warpgroups == 2 and split == 1 and sum(base.bits) <= 4
+    base = replace(base, columns=columns, warpgroups=warpgroups, split=split, min_ctas=2 if pair else 1)
+    together, ctas = _together(base, columns, warpgroups, device), -(-out // (64 * warpgroups)) * -(-tokens // columns)
+    ctas = min(together, math.ceil(_rounds(ctas * split, together, split, device)))
+    most = 2 if columns <= 64 and (ctas >= 4 or (columns == 64 and warpgroups == 2)) else 3 if pair else 4
+    most = 2 if columns == 256 else most
+    each = device.shared_bytes // ctas - 1024
+    return replace(
+        base, stages=next((n for n in range(most, 2, -1) if replace(base, stages=n).ring_bytes() <= each), 2)
+    )
+
+
+def _coarse_warpgroups(columns: int) -> int:
+    """Warpgroups with operands of 8 bits whose registers a multiprocessor holds."""
     return 4 if columns <= 64 else 3 if columns <= 128 else 2
 
 
 def coarse_of(base: Variant, columns: int, warpgroups: int, split: int = 1, apart: bool = False) -> Variant:
-    """As many stages as tiles whose codes are on their way, so that a stage's number is constant, where they fit."""
-    ctas = _together(columns) // warpgroups
+    """Operands of 8 bits: as many stages as tiles whose codes are on their way, so that a stage's number is constant,
+    where they fit."""
+    ctas = _coarse_warpgroups(columns) // warpgroups
     variant = replace(
         base, coarse=True, columns=columns, warpgroups=warpgroups, split=split, spread=split, apart=apart, stages=4,
         min_ctas=ctas if columns <= 64 else 1,
     )  # fmt: skip
     fits = (variant.ring_bytes() + 1024) * ctas <= _MULTIPROCESSOR_BYTES
     return variant if fits else replace(variant, stages=3)
-
-
-@dataclass(frozen=True)
-class _Division:
-    """How CTAs of the middle kernel share its work."""
-
-    warpgroups: int
-    split: int
-    ctas: int  # of a multiprocessor at once
-    cost: float  # in tiles of 64 rows on a multiprocessor that is full of warps
-
-
-def _divide(base: Variant, columns: int, warpgroups: int, groups: int, device: Device) -> _Division:
-    """How many CTAs share the inputs of each of `groups`: few for many inputs each, many for many warps at once."""
-    tiles = base.padded_in // base.tile
-    memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
-    fit = max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
-
-    def division(split: int) -> _Division:
-        ctas = _of_each(groups * split, split, device)
-        together = min(ctas, fit)
-        warps = 4 * warpgroups * together
-        waits = 0.6 if warps <= 4 else 0.15 if warps <= 8 else 0.05 if warps <= 12 else 0
-        waits *= (64 / max(64, columns)) ** 0.5
-        adding = (2 * split if split > 2 else 2 * split - 2) * max(1, columns / 128)
-        return _Division(warpgroups, split, together, ctas * -(-tiles // split) * warpgroups * (1 + waits) + adding)
-
-    splits = (
-        split
-        for split in range(1, min(8, tiles // 2 or 1) + 1)
-        if split == 1 or _of_each(groups * split, split, device) <= fit
-    )
-    return min(map(division, splits), key=lambda division: division.cost)
-
-
-def _of_each(ctas: int, cluster: int, device: Device) -> int:
-    """CTAs that a multiprocessor takes."""
-    return math.ceil(ctas / _at_once(cluster, device))
-
-
-def _at_once(cluster: int, device: Device) -> float:
-    """CTAs that run at once where a multiprocessor takes one. Clusters of more than two leave a tenth of the
-    multiprocessors out: not every GPC has a multiple of them."""
-    return device.multiprocessors * (1 if cluster <= 2 else 0.9)
 
 
 def middle_plan(
@@ -502,14 +471,13 @@ def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
         return False
     if tokens * base.padded_in > _COARSE_BYTES:
         return True
-    division = coarse_divisions(base, tokens, out, device)[0]
-    return _prompt_cost(base, tokens, out, device) <= _coarse_cost(base, tokens, out, device, *division)
+    return _prompt_cost(base, tokens, out, device) <= min(divisions(base, tokens, out, device).values())
 
 
 def _prompt_cost(base: Variant, tokens: int, out: int, device: Device) -> float:
-    """Of prompt.cu, as `_coarse_cost`: clusters of two CTAs take 256 rows of 256 tokens each, again and again."""
+    """Of prompt.cu, as `_cost`: clusters of two CTAs take 256 rows of 256 tokens each, again and again."""
     rounds = math.ceil(-(-out // 256) * -(-tokens // 256) / (device.multiprocessors // 2))
-    return 25 + 3.9 * rounds * base.padded_in / base.tile
+    return 35 + 3.9 * rounds * base.padded_in / base.tile
 
 
 def takes_8_bits(base: Variant, device: Device) -> bool:
@@ -557,7 +525,7 @@ def grouped_variant(base: Variant, pairs: int, count: int, out: int, device: Dev
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     most = 128 if base.bits == (4,) else 96 if len(base.bits) == 1 else 64
     pair = sum(base.bits) <= 4 and columns <= most
-    stages = {8: 8, 16: 8, 128: 3 if pair else 4, 192: 3, 256: 2}.get(columns, 4)
+    stages = {8: 8, 16: 8, 128: 3 if pair else 4, 192: 3, 224: 3, 256: 2}.get(columns, 4)
     return replace(base, experts=True, columns=columns, warpgroups=2, stages=stages, min_ctas=2 if pair else 1)
 
 

@@ -117,3 +117,25 @@ __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& hi
   low = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
   high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
 }
+
+// Biased levels of B bits as a table for `decode`: of the two words of a permute one is in a register that the compiler
+// cannot take for a constant, to be made anew each time; the other is one in the instruction.
+template <int B>
+struct KeptLevels {
+  u32 first[B > 4 ? 1 << (B - 3) : 1], keep;
+  template <int FIRST>
+  __device__ __forceinline__ u32 word() const {
+    return FIRST % 8 ? table_word<B, FIRST>() ^ BIAS : first[FIRST / 8];
+  }
+};
+template <int B, int I = 0>
+__device__ __forceinline__ void keep_words(KeptLevels<B>& kept) {
+  kept.first[I] = table_word<B, 8 * I>() ^ BIAS ^ threadIdx.z;  // 0
+  if constexpr (8 * (I + 1) < 1 << B) keep_words<B, I + 1>(kept);
+}
+template <int B>
+__device__ __forceinline__ KeptLevels<B> kept_levels() {
+  KeptLevels<B> kept = {{}, 0x32103210u ^ threadIdx.z};
+  if constexpr (B > 0) keep_words(kept);
+  return kept;
+}

@@ -39,10 +39,16 @@ __device__ __forceinline__ void prepare(const RowLevels* table, const Unit& unit
 }
 #else
 static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
+static constexpr int KEPT = PASSES == 1 && (WIDTHS[0] == 5 || WIDTHS[0] == 6) ? WIDTHS[0] : 0;  // so many bits have such a table, too
+
+struct Words {
+  Tables of_four;
+  KeptLevels<KEPT> of_more;
+};
 
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
-__device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, int half, u32 (*a)[4]) {
+__device__ __forceinline__ void prepare(const Words& words, const Unit& unit, int half, u32 (*a)[4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -51,7 +57,9 @@ __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, 
     for (int s = 0; s < 2; s++) {
       u32 biased[3];
       if constexpr (B == 4 && ROOM) {
-        decode_whole<BIAS>(tables, unit.codes[h][FIRST + 2 * half + s], biased);
+        decode_whole<BIAS>(words.of_four, unit.codes[h][FIRST + 2 * half + s], biased);
+      } else if constexpr (B == KEPT) {
+        decode<B>(words.of_more, unit.codes[h], unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
       } else {
         decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
         biased[0] ^= BIAS, biased[2] ^= BIAS;
@@ -64,16 +72,16 @@ __device__ __forceinline__ void prepare(const Tables& tables, const Unit& unit, 
 
 // Issues half a tile of pass I and of the passes after it; two sets of A take turns, so that decoding the next overlaps.
 template <int I>
-__device__ __forceinline__ void multiply_half(const Tables& tables, const Unit& unit, int half, u64 b, float* d,
+__device__ __forceinline__ void multiply_half(const Words& words, const Unit& unit, int half, u64 b, float* d,
                                               u32 (*a)[4][4]) {
-  prepare<I>(tables, unit, half, a[half]);
+  prepare<I>(words, unit, half, a[half]);
   fence_sums();
 #pragma unroll
   for (int s = 0; s < 4; s++) multiply_async(d, a[half][s], b + 2 * s);
   commit_products();
   if constexpr (I + 1 < PASSES) {
     wait_products<0>();
-    multiply_half<I + 1>(tables, unit, half, b, d, a);
+    multiply_half<I + 1>(words, unit, half, b, d, a);
   }
 }
 #endif
@@ -258,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   }
 #else
   u32 a[2][4][4];
-  const Tables words = tables<BIAS>();
+  const Words words = {tables<BIAS>(), kept_levels<KEPT>()};
   auto work = [&](Unit& unit) {
     barrier_wait(full + 8 * stage, parity);
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
