@@ -124,9 +124,10 @@ def fresh_plans() -> Iterator[None]:
     forget_plans()
 
 
-@pytest.fixture(params=[1024, 128], ids=["few", "many"])
+@pytest.fixture(params=[cuda_plan.MIDDLE_TOKENS, 128], ids=["middle", "dense"])
 def many_tokens(request, monkeypatch, fresh_plans) -> None:
     """Hundreds of tokens both ways that 16 bits of T(x) have: by middle.cu, and by dense rows."""
+    monkeypatch.setattr(cuda_plan, "_NEVER_DENSE", request.param)
     monkeypatch.setattr(cuda_plan, "MIDDLE_TOKENS", request.param)
 
 

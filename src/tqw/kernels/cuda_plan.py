@@ -18,6 +18,7 @@ _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared m
 _WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 8 bits and strips are no even share
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
+_NEVER_DENSE = 192  # up to so many tokens
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
 PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
 PROMPT_TOKENS = 1024  # from so many on V may be decoded once for all tokens
@@ -328,7 +329,12 @@ def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
         return None
     costs = divisions(base, tokens, out, device)
     best = min(costs, key=lambda division: costs[division])
-    return coarse_of(base, *best) if coarse else _fine_of(base, tokens, out, device, best)
+    if coarse:
+        return coarse_of(base, *best)
+    slower = sum({5: 1.1, 6: 1.3}.get(bits, 1) for bits in base.bits)  # than 4 bits to decode; passes multiply again
+    if tokens > _NEVER_DENSE and _dense_cost(base, tokens, out) < slower * costs[best]:
+        return None
+    return _fine_of(base, tokens, out, device, best)
 
 
 class Division(NamedTuple):
@@ -380,6 +386,11 @@ def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, d
     return (each * (2 + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
 
 
+def _dense_cost(base: Variant, tokens: int, out: int) -> float:
+    """Of dequantize + cuBLAS, as `_cost`; fitted to 25 layers at 256 to 1,024 tokens on one H100."""
+    return out * base.padded_in / 1e6 * (2.8 + tokens / 129)
+
+
 def _rounds(ctas: int, together: int, cluster: int, device: Device) -> float:
     """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first, two
     to some."""
@@ -397,7 +408,8 @@ def _together(base: Variant, columns: int, warpgroups: int, device: Device) -> i
     if takes_8_bits(base, device):
         return _coarse_warpgroups(columns) // warpgroups
     memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
-    return max(1, min(device.shared_bytes // memory, 512 // min(64 + columns, 255) // warpgroups))
+    registers = min(columns + (96 if base.bits in ((5,), (6,)) else 64), 255)  # with words of the table
+    return max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
 
 
 def _fine_of(base: Variant, tokens: int, out: int, device: Device, division: Division) -> Variant:

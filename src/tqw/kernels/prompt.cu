@@ -94,7 +94,7 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
 #pragma unroll
     for (int c = 0; c < 4; c++) channel[c] = channel_of(from + chunk_of_x(c));
   };
-  read_channels(first);
+  if (!FETCHED) read_channels(first);
   if (AHEAD) {
     if (threadIdx.x == 0) {
       barrier_init(arrived, 1), barrier_init(arrived + 8, 1);
