@@ -477,6 +477,20 @@ def test_prompts_are_many_tokens_of_large_layers():
     assert not cuda_plan.is_prompt(base, 4096, 4096, replace(h100, arch="sm_100"))
 
 
+def test_dense_rows_are_for_16_bits_and_few_weights_or_wide_codes():
+    h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
+    few, large = (cuda_plan.Variant((4,), inputs, 128, 128, 128, True, True, 2) for inputs in (1024, 4096))
+
+    def dense(base, tokens, out):
+        return cuda_plan.middle_variant(base, tokens, out, h100) is None
+
+    assert [dense(few, tokens, 1024) for tokens in (192, 256)] == [False, True]
+    assert [dense(large, tokens, 4096) for tokens in (512, 1024, 1025)] == [False, False, True]
+    assert dense(replace(large, bits=(6,)), 1024, 4096)
+    assert not dense(replace(few, x_type=0), 256, 1024)  # float32
+    assert not dense(replace(few, planes=1), 256, 1024)  # both operands in 8 bits
+
+
 def test_8_bits_only_where_they_cost_little():
     """Not for 5 bits, tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)

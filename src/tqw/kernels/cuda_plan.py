@@ -18,7 +18,7 @@ _DECODE_TOKENS = 16  # up to here the decode kernel, where T(x) fits in shared m
 _WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 8 bits and strips are no even share
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
-_NEVER_DENSE = 192  # up to so many tokens
+_NEVER_DENSE = 192  # up to so many tokens of 16 bits dense rows are no faster
 _COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
 PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
 PROMPT_TOKENS = 1024  # from so many on V may be decoded once for all tokens
@@ -332,7 +332,8 @@ def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     if coarse:
         return coarse_of(base, *best)
     slower = sum({5: 1.1, 6: 1.3}.get(bits, 1) for bits in base.bits)  # than 4 bits to decode; passes multiply again
-    if tokens > _NEVER_DENSE and _dense_cost(base, tokens, out) < slower * costs[best]:
+    many = tokens > _NEVER_DENSE and base.x_type > 0  # the library's float32 products are slow
+    if many and _dense_cost(base, tokens, out) < slower * costs[best]:
         return None
     return _fine_of(base, tokens, out, device, best)
 
@@ -373,7 +374,7 @@ def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, d
     columns, warpgroups, split, apart = division
     tiles, wide = base.padded_in // base.tile, max(1, columns / 64)
     groups = -(-out // (64 * warpgroups)) * -(-tokens // columns)
-    each = _rounds(groups * split, together, 1 if apart else split, device)
+    each = _of_each(groups * split, together, 1 if apart else split, device)
     if split > 1 and each > together:
         return math.inf
     alone = each if together == 1 else float(each == 1)  # CTAs whose waits no other hides
@@ -391,7 +392,7 @@ def _dense_cost(base: Variant, tokens: int, out: int) -> float:
     return out * base.padded_in / 1e6 * (2.8 + tokens / 129)
 
 
-def _rounds(ctas: int, together: int, cluster: int, device: Device) -> float:
+def _of_each(ctas: int, together: int, cluster: int, device: Device) -> float:
     """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first, two
     to some."""
     # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
@@ -422,7 +423,7 @@ def _fine_of(base: Variant, tokens: int, out: int, device: Device, division: Div
     pair = columns == 128 and warpgroups == 2 and split == 1 and sum(base.bits) <= 4
     base = replace(base, columns=columns, warpgroups=warpgroups, split=split, min_ctas=2 if pair else 1)
     together, ctas = _together(base, columns, warpgroups, device), -(-out // (64 * warpgroups)) * -(-tokens // columns)
-    ctas = min(together, math.ceil(_rounds(ctas * split, together, split, device)))
+    ctas = min(together, math.ceil(_of_each(ctas * split, together, split, device)))
     most = 2 if columns <= 64 and (ctas >= 4 or (columns == 64 and warpgroups == 2)) else 3 if pair else 4
     most = 2 if columns == 256 else most
     each = device.shared_bytes // ctas - 1024
@@ -476,6 +477,7 @@ def middle_plan(
     return Plan(cells * variant.block_bytes(), scales, launches, blocks=blocks, part_bytes=sums, arrivals=shared_cells)
 
 
+@lru_cache(maxsize=4096)
 def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
     """Whether V is better decoded once for all tokens (prompt.cu): where T(x) is much, and where products are so many
     that they outweigh the time until the first rows are decoded."""
