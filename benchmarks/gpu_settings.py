@@ -54,8 +54,8 @@ def candidates(
     if kernel == "coarse":
         device = cuda_launch.device_at(qw.packed[0].device.index)
         costs = cuda_plan.divisions(cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)
-        best = sorted(costs, key=lambda division: costs[division])[:12]
-        yield from (division._asdict() for division in best)
+        asked = (d for d in costs if all(getattr(d, name) in values for name, values in only.items()))
+        yield from (division._asdict() for division in sorted(asked, key=lambda d: costs[d])[:12])
     elif kernel == "middle":
         values = [only.get(name, choice) for name, choice in MIDDLE.items()]
         yield from (dict(zip(MIDDLE, chosen, strict=True)) for chosen in itertools.product(*values))

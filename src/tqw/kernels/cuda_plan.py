@@ -346,6 +346,22 @@ class Division(NamedTuple):
     split: int = 1  # parts of the inputs
     apart: bool = False  # the CTAs that share the inputs are no cluster
 
+    def groups(self, tokens: int, out: int) -> int:
+        """Of CTAs that share the inputs."""
+        return -(-out // (64 * self.warpgroups)) * -(-tokens // self.columns)
+
+    def of_each(self, tokens: int, out: int, together: int, device: Device) -> float:
+        """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first,
+        two to some."""
+        # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
+        at_once = device.multiprocessors * (1 if self.apart or self.split <= 2 else 0.9)
+        ctas = self.groups(tokens, out) * self.split
+        each = math.ceil(ctas / at_once)
+        if each <= together:
+            return each
+        full, last = divmod(ctas, at_once * together)
+        return together * full + (min(together, max(1, 2 * last / at_once)) if last else 0)
+
 
 def divisions(base: Variant, tokens: int, out: int, device: Device) -> dict[Division, float]:
     """Ways to divide the work of middle.cu, and their costs."""
@@ -373,8 +389,7 @@ def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, d
     (benchmarks/gpu_settings.py): the best takes 0.5 % longer than the fastest, with 16 bits 0.9 %, on average."""
     columns, warpgroups, split, apart = division
     tiles, wide = base.padded_in // base.tile, max(1, columns / 64)
-    groups = -(-out // (64 * warpgroups)) * -(-tokens // columns)
-    each = _of_each(groups * split, together, 1 if apart else split, device)
+    each = division.of_each(tokens, out, together, device)
     if split > 1 and each > together:
         return math.inf
     alone = each if together == 1 else float(each == 1)  # CTAs whose waits no other hides
@@ -383,25 +398,13 @@ def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, d
         alone += 0.15 * each
     adding = 0 if split == 1 else (8.5 + 2 * split) * (0.7 + 0.3 * wide) if apart else 2.9 * split
     adding *= min(1, columns / 64) ** 0.5 * (wide**-0.3 if split == 2 and not apart else 1)
-    fetching = 0.15 * wide**1.15 * groups * tiles / device.multiprocessors  # T(x)
+    fetching = 0.15 * wide**1.15 * division.groups(tokens, out) * tiles / device.multiprocessors  # T(x)
     return (each * (2 + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
 
 
 def _dense_cost(base: Variant, tokens: int, out: int) -> float:
     """Of dequantize + cuBLAS, as `_cost`; fitted to 109 sizes of 256 to 1,024 tokens on one H100."""
     return out * base.padded_in / 1e6 * (2.8 + tokens / 129)
-
-
-def _of_each(ctas: int, together: int, cluster: int, device: Device) -> float:
-    """CTAs that a multiprocessor takes, of which `together` run at once. The last go to those that are done first, two
-    to some."""
-    # clusters of more than two leave a tenth of the multiprocessors out: not every GPC has a multiple of them
-    at_once = device.multiprocessors * (1 if cluster <= 2 else 0.9)
-    each = math.ceil(ctas / at_once)
-    if each <= together:
-        return each
-    full, last = divmod(ctas, at_once * together)
-    return together * full + (min(together, max(1, 2 * last / at_once)) if last else 0)
 
 
 def _together(base: Variant, columns: int, warpgroups: int, device: Device) -> int:
@@ -422,8 +425,8 @@ def _fine_of(base: Variant, tokens: int, out: int, device: Device, division: Div
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     pair = columns == 128 and warpgroups == 2 and split == 1 and sum(base.bits) <= 4
     base = replace(base, columns=columns, warpgroups=warpgroups, split=split, min_ctas=2 if pair else 1)
-    together, ctas = _together(base, columns, warpgroups, device), -(-out // (64 * warpgroups)) * -(-tokens // columns)
-    ctas = min(together, math.ceil(_of_each(ctas * split, together, split, device)))
+    together = _together(base, columns, warpgroups, device)
+    ctas = min(together, math.ceil(division.of_each(tokens, out, together, device)))
     most = 2 if columns <= 64 and (ctas >= 4 or (columns == 64 and warpgroups == 2)) else 3 if pair else 4
     most = 2 if columns == 256 else most
     each = device.shared_bytes // ctas - 1024

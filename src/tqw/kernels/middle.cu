@@ -89,10 +89,10 @@ __device__ __forceinline__ void multiply_half(const Words& words, const Unit& un
 #if APART
 // The sums of all CTAs that share a tile, in the one that comes last; false: in another.
 __device__ __forceinline__ bool add_parts(const Params& p, int tile, int rank, float* sums, int* earlier) {
-  float4* part = p.parts + (i64)tile * SPLIT * (COLUMNS / 8) * (128 * WARPGROUPS) + threadIdx.x;
+  float4* part = p.parts + (i64)tile * SPLIT * OCTETS * THREADS + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 8; i++)
-    part[(rank * (COLUMNS / 8) + i) * (128 * WARPGROUPS)] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  for (int i = 0; i < OCTETS; i++)
+    part[(rank * OCTETS + i) * THREADS] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) *earlier = atomicAdd(p.arrived + tile, 1);
@@ -100,11 +100,11 @@ __device__ __forceinline__ bool add_parts(const Params& p, int tile, int rank, f
   if (*earlier < SPLIT - 1) return false;
   __threadfence();
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 8; i++) {
+  for (int i = 0; i < OCTETS; i++) {
     float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int r = 0; r < SPLIT; r++) {
-      float4 v = __ldcg(part + (r * (COLUMNS / 8) + i) * (128 * WARPGROUPS));
+      float4 v = __ldcg(part + (r * OCTETS + i) * THREADS);
       total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
     }
     sums[4 * i] = total.x, sums[4 * i + 1] = total.y, sums[4 * i + 2] = total.z, sums[4 * i + 3] = total.w;
@@ -161,7 +161,7 @@ __device__ __forceinline__ Cell cell_of_cta() {
   return {within / blocks, first + within % blocks};
 }
 
-extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_middle(const __grid_constant__ Params given) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const __grid_constant__ Params given) {
   Cell here = cell_of_cta();
 #if EXPERTS
   wait_for_previous_kernel();  // whose weights these are is known only now
@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS, MIN_CTAS) tqw_mid
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES && begin + i < end; i++) fill(i, begin + i);
   const float* x_scales = p.plane_scale + (COARSE ? rank * gridDim.y * COLUMNS : 0) + first_token;
-  for (int i = threadIdx.x; i < tokens; i += 128 * WARPGROUPS)  // needed at the end, and a long way off
+  for (int i = threadIdx.x; i < tokens; i += THREADS)  // needed at the end, and a long way off
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(scale_of + i)), "l"(x_scales + i)
                  : "memory");
 
