@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--kernel", choices=list(PRESENT), default="decode")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--bits", default="4")
     parser.add_argument("--only", nargs="*", default=[], help="for example ring=2,4 halves=1")
     parser.add_argument("--layouts", nargs="*", help="cluster,split,warps,share")
     arguments = parser.parse_args()
@@ -180,7 +181,9 @@ def main() -> None:
     weights = {}
     for shape in arguments.shapes:
         out_features, in_features = bench.parse_shape(shape)
-        weights[shape] = quantize(torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=4))
+        weights[shape] = quantize(
+            torch.randn(out_features, in_features, device="cuda") * 0.02, QuantConfig(bits=arguments.bits)
+        )
     rows, device = [], cuda_launch.device_at(torch.cuda.current_device())
     items = [
         variant(kernel, chosen, cuda._variant(qw, torch.bfloat16), tokens, qw.out_features, device)

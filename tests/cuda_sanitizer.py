@@ -79,7 +79,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (out_features, in_features), tokens in product(DECODE, TOKENS):
         kind = "wide" if in_features > 8192 else "few" if tokens <= 2 else "several"
         yield kind, lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
-    for bits in ("2", "3", "6", "3+2"):
+    for bits in ("2", "3", "5", "6", "3+2"):
         yield "several", lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
         yield "middle", lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
     for group_size, bits in product((32, 64), ("3", "4", "8")):
@@ -95,11 +95,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for warpgroups, (split, apart) in product((1, 2), ((1, False), (3, False), (4, True))):
         for tokens, columns in ((40, 64), (200, 256), (300, 256)):
             yield "coarse", partial(coarse, tokens, columns, warpgroups, split, apart)
-    for bits in ("2", "3"):
+    for bits in ("2", "3", "5", "6", "8"):
         yield "coarse", partial(coarse, 40, 64, 1, 2, False, bits)
     for out_features, in_features, tokens in ((40, 512, 17), (523, 1152, 300), (1300, 1024, 1100), (40, 8320, 600)):
         yield "prompt", partial(prompt, out_features, in_features, tokens)
-    for bits, group_size in (("2", 32), ("3", 64)):
+    for bits, group_size in (("2", 32), ("3", 64), ("5", 32), ("6", 64), ("8", 128)):
         yield "prompt", partial(prompt, 264, 640, 140, bits, group_size)
     for tokens in (2, 30, 200):
         yield "experts", lambda t=tokens: experts(t, "4")

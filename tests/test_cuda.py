@@ -12,10 +12,12 @@ import torch
 from conftest import replayed, tiny, token_ids
 
 from tqw import kernels
+from tqw.codebook import UNITS_PER_SIGMA, levels
 from tqw.config import QuantConfig
+from tqw.errors import TqwError
 from tqw.kernels import cuda, cuda_launch, cuda_plan
 from tqw.model import quantize_model
-from tqw.weight import QuantizedWeight, dequantize, quantize
+from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 ROUND_OFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -40,8 +42,8 @@ def check(
     5 tokens and more by the decode kernel, weights below 6 bits, 16-bit inputs: these are rounded to steps of 1/127 of
     their tile's largest, some 5 deviations; by Hoeffding's inequality their sum is beyond 3.5 steps |w| once in
     10^10, 3.5 5/127 |x| |w| / sqrt(in), here doubled for tiles of unequal norms: a third of what an output is.
-    From 13 or 17 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to steps of
-    1/127 of its row's largest level, which lies within 3 deviations: 3.5 3/127 / 2 |x| |w| / sqrt(in) more, doubled for
+    From 13 or 17 tokens on (in_8_bits, or `eight`) these steps are of the token's largest, and V is rounded to 9/16
+    of a step of 1/127 of its row's largest level, d deviations: 3.5 d/127 9/16 |x| |w| / sqrt(in) more, doubled for
     scales.
     """
     dense = dequantize(qw).double()
@@ -53,10 +55,11 @@ def check(
     several = qw.block == 128 and qw.group_size in (32, 64)
     tile = 128 if several else min(qw.block, qw.group_size & -qw.group_size)
     most = 63 if tile < 128 else 32 if qw.padded_in <= 8192 else 16
-    if not middle and 5 <= tokens <= most and sum(qw.bits) < 6 and x.dtype != torch.float32:
+    if not middle and 5 <= tokens <= most and rounds_inputs(qw, x):
         rounded = 0.28 / qw.padded_in**0.5
     if eight or (eight is None and in_8_bits(qw, x)):
-        rounded = (0.28 + 0.09) / qw.padded_in**0.5
+        deviations = levels(qw.bits[0])[-1] / UNITS_PER_SIGMA[qw.bits[0]]
+        rounded = (0.28 + 3.5 * deviations / 127 * 9 / 8) / qw.padded_in**0.5
     bound = 2 * unit * exact.abs() + (rounded + 2 * unit) * magnitude
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
@@ -98,11 +101,16 @@ def needs_hopper() -> None:
         pytest.skip("middle.cu needs sm_90")
 
 
+def rounds_inputs(qw: QuantizedWeight, x: torch.Tensor) -> bool:
+    """Whether inputs may have 8 bits."""
+    return x.dtype != torch.float32 and (sum(qw.bits) < 6 or cuda._activations() == "int8")
+
+
 def for_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
     """Whether both operands may have 8 bits on Hopper."""
-    narrow = len(qw.bits) == 1 and qw.bits[0] <= 4 and x.dtype != torch.float32 and qw.rotation == "hadamard"
     groups = qw.group_size % 128 == 0 or qw.group_size in (32, 64)
-    return narrow and qw.block == 128 and groups and qw.padded_in >= 512
+    rotated = qw.rotation == "hadamard" and qw.block == 128 and groups and qw.padded_in >= 512
+    return rotated and len(qw.bits) == 1 and rounds_inputs(qw, x)
 
 
 def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
@@ -122,6 +130,12 @@ def fresh_plans() -> Iterator[None]:
     forget_plans()
     yield
     forget_plans()
+
+
+@pytest.fixture
+def int8(monkeypatch, fresh_plans) -> None:
+    """Inputs of 8 bits for every width."""
+    monkeypatch.setattr(cuda, "_activations", lambda: "int8")
 
 
 @pytest.fixture(params=[cuda_plan.MIDDLE_TOKENS, 128], ids=["middle", "dense"])
@@ -158,13 +172,13 @@ def test_dozens_of_tokens_in_8_bits(bits, group_size, out_features, in_features)
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("bits", ["2", "3", "4"])
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "tokens"),
     [(8, 640, 129), (264, 1152, 257), (1032, 2048, 700), (523, 20480, 150), (4096, 512, 3000)],
 )
-def test_hundreds_of_tokens_in_8_bits(poisoned, fresh_plans, bits, group_size, out_features, in_features, tokens):
+def test_hundreds_of_tokens_in_8_bits(poisoned, int8, bits, group_size, out_features, in_features, tokens):
     """An odd number of tiles, inputs shared by several CTAs, inputs that are read twice, several blocks of tokens."""
     needs_hopper()
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
@@ -220,13 +234,13 @@ def prompts(monkeypatch, fresh_plans) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("bits", ["2", "3", "4"])
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "tokens"),
     [(1, 512, 1), (17, 640, 130), (264, 1152, 257), (1030, 2048, 700), (523, 20480, 150), (4100, 512, 3000)],
 )
-def test_prompts(poisoned, prompts, bits, group_size, out_features, in_features, tokens):
+def test_prompts(poisoned, prompts, int8, bits, group_size, out_features, in_features, tokens):
     """Rows and tokens that end within a block, few inputs, inputs that are read twice, outputs at any address."""
     qw = make(out_features, in_features, bits=bits, group_size=group_size)
     for dtype in (torch.float16, torch.bfloat16):
@@ -287,6 +301,17 @@ def test_prompts_on_two_streams_at_once():
 def test_a_prompt_in_a_graph(prompts):
     qw, x = make(520, 1024), torch.randn(300, 1024).cuda().bfloat16()
     check(replayed(lambda x: kernels.linear(x, qw), x), x, qw, eight=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["6", "8", "4+4"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(17, 576), (264, 2048), (700, 9216)])
+def test_every_width_with_inputs_of_8_bits(int8, bits, out_features, in_features):
+    qw = make(out_features, in_features, bits=bits)
+    for tokens in (3, 5, 16, 17, 40, 100):
+        x = torch.randn(tokens, in_features).cuda().bfloat16()
+        check(kernels.linear(x, qw, backend="cuda"), x, qw)
 
 
 @pytest.mark.gpu
@@ -384,6 +409,20 @@ def test_graph_capture_and_embedding():
     torch.testing.assert_close(kernels.embedding(ids, qw, torch.float32), dequantize(qw)[ids], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [5, 6])
+def test_polynomials_round_to_the_levels(bits):
+    """In fp16, each fused multiply-add rounded once, as linear.cu has them: exact for every code on every GPU."""
+    code = torch.arange(2**bits, dtype=torch.float64)
+    u = (2 * code + 1) / 2**bits - 1
+    z = (u * u - 0.5).half().double()
+    *rest, g = cuda_plan.POLYNOMIALS[bits]
+    for coefficient in reversed(rest):
+        g = (g * z + coefficient).half().double()
+    expected = torch.tensor(levels(bits), dtype=torch.float64)
+    assert (u * g - expected).abs().max() < 0.49  # 1536 + u g is rounded to an integer
+    assert torch.equal((1536 + u * g).half().double() - 1536, expected)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_compiles_without_a_gpu(arch):
     variant = cuda_plan.Variant(
@@ -440,7 +479,10 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     assert "wgmma" not in log, log  # the compiler says so where it has to serialise them
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 128), (3, 128), (4, 128), (2, 32), (4, 64), (4, 32)])
+@pytest.mark.parametrize(
+    ("bits", "group"),
+    [(2, 128), (3, 128), (4, 128), (5, 128), (6, 128), (8, 128), (2, 32), (4, 64), (4, 32), (5, 32), (6, 64), (8, 32)],
+)
 @pytest.mark.parametrize(
     ("padded_in", "out_features", "tokens"),
     [(4096, 4096, t) for t in (17, 64, 128, 160, 256, 448, 512, 768)] + [(4096, 28672, 256), (1152, 4096, 130)],
@@ -457,7 +499,7 @@ def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_fe
     assert "wgmma" not in log, log
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 1152)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 1152), (5, 32), (6, 128), (8, 64)])
 @pytest.mark.parametrize("padded_in", [512, 1152, 14336, 28672, 65536])
 def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
     base = cuda_plan.Variant((bits,), padded_in, min(group, padded_in), 128, 128, True, True, 2, planes=1)
@@ -492,13 +534,30 @@ def test_dense_rows_are_for_16_bits_and_few_weights_or_wide_codes():
 
 
 def test_8_bits_only_where_they_cost_little():
-    """Not for 5 bits, tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
+    """Not for tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     assert cuda_plan.takes_8_bits(base, h100)
-    for change in ({"bits": (5,)}, {"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
+    for change in ({"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
         assert not cuda_plan.takes_8_bits(replace(base, **change), h100)
     assert not cuda_plan.takes_8_bits(base, replace(h100, arch="sm_100"))
+
+
+def test_which_inputs_have_8_bits(monkeypatch):
+    """By default those of weights below 6 bits; float32 inputs never."""
+    expected = {"auto": [1, 1, 2, 2], "int8": [1, 1, 1, 1], "exact": [2, 2, 2, 2]}
+    for value, planes in expected.items():
+        monkeypatch.setenv("TQW_CUDA_ACTIVATIONS", value)
+        cuda._activations.cache_clear()
+        weights = [empty_weight((8, 512), QuantConfig(bits=b), torch.device("cpu")) for b in (4, 5, 6, (4, 4))]
+        assert [cuda._variant(qw, torch.bfloat16).planes for qw in weights] == planes
+        assert {cuda._variant(qw, torch.float32).planes for qw in weights} == {2}
+    monkeypatch.setenv("TQW_CUDA_ACTIVATIONS", "fp8")
+    cuda._activations.cache_clear()
+    with pytest.raises(TqwError, match="to be auto, exact or int8, got 'fp8'"):
+        cuda._activations()
+    monkeypatch.undo()
+    cuda._activations.cache_clear()
 
 
 @pytest.mark.parametrize("out_features", [1, 17, 1024, 4096, 28672])
@@ -622,11 +681,11 @@ def test_many_pairs_in_blocks_of_an_expert(poisoned, out_features, in_features, 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("bits", ["2", "3", "4"])
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8"])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize(("out_features", "in_features"), [(8, 512), (264, 1152), (2056, 640)])
 @pytest.mark.parametrize("pairs", [646, 1100, 4000])
-def test_hundreds_of_pairs_in_8_bits(poisoned, bits, group_size, out_features, in_features, pairs):
+def test_hundreds_of_pairs_in_8_bits(poisoned, int8, bits, group_size, out_features, in_features, pairs):
     """Blocks of 192 and 256 columns."""
     needs_hopper()
     qw = stack(out_features, in_features, bits=bits, group_size=group_size)

@@ -135,7 +135,8 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> cuda_plan.Variant:
     tile = min(block, group & -group, 128)
     if block == 128 and group in (32, 64):
         tile = 128  # several groups: as fast as one
-    planes = 1 if sum(qw.bits) < 6 and dtype != torch.float32 and _activations() != "exact" else 2
+    rounded = {"auto": sum(qw.bits) < 6, "int8": True, "exact": False}[_activations()]
+    planes = 1 if rounded and dtype != torch.float32 else 2
     return cuda_plan.Variant(
         qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes
     )
@@ -207,7 +208,7 @@ class _Prompt:
         self.ready, out, padded = ready, ready.out, ready.padded
         turn, rows = (-(-n // -(-n * padded // most)) for n, most in ((tokens, _PROMPT_BYTES), (out, _ROWS_BYTES)))
         turn, rows = -(-turn // 128) * 128, -(-rows // 256) * 256
-        parts = -(-padded // (128 * cuda_plan.PROMPT_TILES))
+        parts = -(-padded // (128 * ready.base.strip_tiles()))
         counts = 1 + rows // 256 * (1 + parts)  # of strips of V that are decoded (prompt.cu)
         slices = range(0, out, rows)
         self.params = _Params.from_buffer_copy(ready.params)
@@ -326,9 +327,9 @@ def _many(x: Tensor, y: Tensor, ready: _Ready, bias: Tensor | None) -> None:
 
 @lru_cache(maxsize=1)
 def _activations() -> str:
-    activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "int8")
-    if activations not in ("exact", "int8"):
-        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be exact or int8, got {activations!r}")
+    activations = os.environ.get("TQW_CUDA_ACTIVATIONS", "auto")
+    if activations not in ("auto", "exact", "int8"):
+        raise TqwError(f"expected TQW_CUDA_ACTIVATIONS to be auto, exact or int8, got {activations!r}")
     return activations
 
 

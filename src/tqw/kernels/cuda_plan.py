@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -19,12 +20,15 @@ _WIDE_TOKENS = 12  # or up to here, of many inputs where both operands may have 
 _ONE_PLANE_TOKENS = 5  # from here on 8 bits of T(x) are less work than 16
 MIDDLE_TOKENS = 1024  # up to here middle.cu with 16 bits of T(x); beyond, dequantize + cuBLAS wins (H100)
 _NEVER_DENSE = 192  # up to so many tokens of 16 bits dense rows are no faster
-_COARSE_BITS = 4  # for more, what 8 bits of both operands cost counts beside the quantization error (activations.py)
-PROMPT_TILES = 4  # of a strip of V that a warp of prompt.cu decodes at once: their codes are in registers
 PROMPT_TOKENS = 1024  # from so many on V may be decoded once for all tokens
 _COARSE_BYTES = 64 << 20  # of T(x) in 8 bits in the middle kernel; more are a prompt
 _MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory (sm_90)
 _COLUMNS = (8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256)  # tokens of a CTA of middle.cu
+# level = round(u g(u^2 - 1/2)), u = (2 code + 1) / 2^bits - 1: the coefficients of g, computed in fp16
+POLYNOMIALS = {
+    5: (72.75, 28.640625, 42.71875, 72.875),
+    6: (72.75, 35.28125, 16.421875, -41.875, 184.5, 519.0),
+}
 _GROUPED_PAIRS = 1.25  # pairs per expert from which an expert's codes are better read once for all (middle.cu, H100)
 _GROUPED_PAIRS_OF_FEW_INPUTS = 0.7  # up to 2,048 inputs
 _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
@@ -77,12 +81,15 @@ class Variant:
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
         }  # fmt: skip
         macros |= {f"LEVELS_{bits}": ",".join(map(str, levels(bits))) for bits in (2, 3, 4, 5, 6)}
+        for bits, coefficients in POLYNOMIALS.items():
+            words = struct.unpack(f"<{len(coefficients)}H", struct.pack(f"<{len(coefficients)}e", *coefficients))
+            macros[f"POLYNOMIAL_{bits}"] = ",".join(map(str, words))
         files = ["linear.cu"]
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
                 "COARSE": int(self.coarse), "APART": int(self.apart), "SPREAD_THREADS": self.spread_threads(),
-                "PROMPT": int(self.prompt), "DECODED": PROMPT_TILES,
+                "PROMPT": int(self.prompt), "DECODED": self.strip_tiles(),
                 "FETCHED": int(self.prompt and self.rows_ahead() > 0), **_wgmma(self.columns, self.coarse, self.prompt),
             }  # fmt: skip
             files += ["wgmma.cu", *["route.cu"] * self.experts, "int8.cu" if self.coarse else "fp16.cu"]
@@ -122,6 +129,10 @@ class Variant:
     def prompt_bytes(self) -> int:
         """Dynamic shared memory of the kernel for prompts: stages, barriers; scale and bias of rows, for two cells."""
         return self.stages * (self.stage_bytes() + 256 * self.tile + 16) + 2 * 256 * 8
+
+    def strip_tiles(self) -> int:
+        """Of a strip of V that a warp of the kernel for prompts decodes at once: their codes are in registers."""
+        return 4 if self.bits[0] <= 4 else 2
 
     def rows_ahead(self) -> int:
         """Dynamic shared memory of the kernel that transforms prompts: two rows of x, their barriers. 0: so few inputs
@@ -331,7 +342,7 @@ def middle_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     best = min(costs, key=lambda division: costs[division])
     if coarse:
         return coarse_of(base, *best)
-    slower = sum({5: 1.1, 6: 1.3}.get(bits, 1) for bits in base.bits)  # than 4 bits to decode; passes multiply again
+    slower = sum({5: 1.1, 6: 1.2}.get(bits, 1) for bits in base.bits)  # than 4 bits to decode; passes multiply again
     many = tokens > _NEVER_DENSE and base.x_type > 0  # the library's float32 products are slow
     if many and _dense_cost(base, tokens, out) < slower * costs[best]:
         return None
@@ -394,12 +405,16 @@ def _cost(base: Variant, tokens: int, out: int, device: Device, together: int, d
         return math.inf
     alone = each if together == 1 else float(each == 1)  # CTAs whose waits no other hides
     alone *= 0.5 / wide if warpgroups == 1 else 0.3 if columns <= 64 else 0
+    decoding = 2.0  # a tile; its product takes 1 for each 64 tokens
+    if takes_8_bits(base, device) and base.bits[0] > 4:
+        decoding *= {5: 2.1, 6: 3.0, 8: 1.75}[base.bits[0]]
+        alone *= 1.6  # as many bytes are on their way, but fewer tiles
     if columns <= 16 and each * warpgroups == 2:  # of so few tokens two warpgroups wait, too
         alone += 0.15 * each
     adding = 0 if split == 1 else (8.5 + 2 * split) * (0.7 + 0.3 * wide) if apart else 2.9 * split
     adding *= min(1, columns / 64) ** 0.5 * (wide**-0.3 if split == 2 and not apart else 1)
     fetching = 0.15 * wide**1.15 * division.groups(tokens, out) * tiles / device.multiprocessors  # T(x)
-    return (each * (2 + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
+    return (each * (decoding + wide) / 3 + alone) * -(-tiles // split) * warpgroups + adding + fetching
 
 
 def _dense_cost(base: Variant, tokens: int, out: int) -> float:
@@ -412,7 +427,7 @@ def _together(base: Variant, columns: int, warpgroups: int, device: Device) -> i
     if takes_8_bits(base, device):
         return _coarse_warpgroups(columns) // warpgroups
     memory = replace(base, columns=columns, warpgroups=warpgroups, stages=2).ring_bytes() + 1024
-    registers = min(columns + (96 if base.bits in ((5,), (6,)) else 64), 255)  # with words of the table
+    registers = min(columns + (80 if base.bits in ((5,), (6,)) else 64), 255)
     return max(1, min(device.shared_bytes // memory, 512 // registers // warpgroups))
 
 
@@ -492,10 +507,12 @@ def is_prompt(base: Variant, tokens: int, out: int, device: Device) -> bool:
 
 
 def _prompt_cost(base: Variant, tokens: int, out: int, device: Device) -> float:
-    """Of prompt.cu, as `_cost`: clusters of two CTAs take 256 rows of 256 tokens, again and again. Fitted to 47 sizes
-    of 1,024 to 65,536 tokens on one H100."""
+    """Of prompt.cu, as `_cost`: clusters of two CTAs take 256 rows of 256 tokens, again and again, while V is decoded;
+    more than 4 bits take so long that products wait. Fitted to 47 sizes of 1,024 to 65,536 tokens on one H100, and to
+    17 of 5, 6 and 8 bits, 1,024 to 2,048 tokens."""
     rounds = math.ceil(-(-out // 256) * -(-tokens // 256) / (device.multiprocessors // 2))
-    return 35 + 3.9 * rounds * base.padded_in / base.tile
+    decoding = {5: 9.7, 6: 11.3, 8: 9.1}.get(base.bits[0], 0) * out * base.padded_in / 1e6
+    return math.hypot(35 + 3.9 * rounds * base.padded_in / base.tile, decoding)
 
 
 def takes_8_bits(base: Variant, device: Device) -> bool:
@@ -504,7 +521,7 @@ def takes_8_bits(base: Variant, device: Device) -> bool:
         return False
     if not base.rotate or (base.group % 128 and base.group not in (32, 64)):
         return False
-    return base.bits[0] <= _COARSE_BITS and 512 <= base.padded_in <= 1 << 17
+    return 512 <= base.padded_in <= 1 << 17
 
 
 def prompt_variant(base: Variant) -> Variant:

@@ -4,17 +4,21 @@
 // weight_scale rounds once for each pass; wgmma sums in float32.
 //
 // In memory T(x) has COLUMNS rows of 128 bytes for each half of a tile, chunks of 16 swizzled. Byte 16 c + 4 t + j of half w
-// is of inputs 32 t + 16 w + 8 (c / 4) + 2 (c % 4) and the next.
+// is of inputs 32 t + 16 w + 8 (c / 4) + 2 (c % 4) and the next, or, PAIRS, of 32 t + 16 w + 8 (c / 4) + c % 4 and the one 4 further.
 //
 // SPREAD    CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
+
+static constexpr bool PAIRS = PASSES == 1 && (WIDTHS[0] == 5 || WIDTHS[0] == 6);  // as `levels_of_pairs` has them
 
 // Eight inputs of a token from k on. Lane t of a quad owns inputs [32 t, 32 t + 32) of a tile in the product.
 __device__ __forceinline__ void spread_store(const Params& p, int token, int k, const float* v) {
   int t = k % TILE / 32, word = k % 32 / 8, row = token & 7;
   u8* to = p.planes + ((i64)(token / COLUMNS) * TILES + k / TILE) * STAGE_BYTES + (word / 2) * (COLUMNS * 128) + token % COLUMNS * 128;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    *(u32*)(to + (4 * (word % 2) + i ^ row) * 16 + t * 4) = float_to_half(v[2 * i]) | (u32)float_to_half(v[2 * i + 1]) << 16;
+  for (int i = 0; i < 4; i++) {
+    int one = PAIRS ? i : 2 * i, other = PAIRS ? i + 4 : 2 * i + 1;
+    *(u32*)(to + (4 * (word % 2) + i ^ row) * 16 + t * 4) = float_to_half(v[one]) | (u32)float_to_half(v[other]) << 16;
+  }
 }
 
 // T(x) of one token: fp16, in the order of the product, over 2^e; plane_scale[column] = 2^e. x is read once. A token is
@@ -99,12 +103,7 @@ extern "C" __global__ void __launch_bounds__(256) tqw_spread(const __grid_consta
   }
 }
 
-__device__ __forceinline__ u32 half2_op_subtract(u32 a, u32 b) {
-  u32 d;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ u32 half2_op_multiply(u32 a, u32 b) {
+__device__ __forceinline__ u32 half2_multiply(u32 a, u32 b) {
   u32 d;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
@@ -114,28 +113,6 @@ static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
 
 // Four biased levels times a scale (twice in one register): two registers of fp16 pairs. 0x6400 | byte is 1024 + byte.
 __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& high) {
-  low = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
-  high = half2_op_multiply(half2_op_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
-}
-
-// Biased levels of B bits as a table for `decode`: of the two words of a permute one is in a register that the compiler
-// cannot take for a constant, to be made anew each time; the other is one in the instruction.
-template <int B>
-struct KeptLevels {
-  u32 first[B > 4 ? 1 << (B - 3) : 1], keep;
-  template <int FIRST>
-  __device__ __forceinline__ u32 word() const {
-    return FIRST % 8 ? table_word<B, FIRST>() ^ BIAS : first[FIRST / 8];
-  }
-};
-template <int B, int I = 0>
-__device__ __forceinline__ void keep_words(KeptLevels<B>& kept) {
-  kept.first[I] = table_word<B, 8 * I>() ^ BIAS ^ threadIdx.z;  // 0
-  if constexpr (8 * (I + 1) < 1 << B) keep_words<B, I + 1>(kept);
-}
-template <int B>
-__device__ __forceinline__ KeptLevels<B> kept_levels() {
-  KeptLevels<B> kept = {{}, 0x32103210u ^ threadIdx.z};
-  if constexpr (B > 0) keep_words(kept);
-  return kept;
+  low = half2_multiply(half2_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
+  high = half2_multiply(half2_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
 }

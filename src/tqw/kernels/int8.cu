@@ -6,7 +6,9 @@
 // scaled before the end: int32 sums are in registers, which the tensor cores read and write for each product, so that to
 // scale them for each tile takes as long as the products.
 //
-//     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= row_scale LARGEST / 254
+//     |y - exact| <= sum_k (|dx| |V| + |T(x)| |dV| + |dx| |dV|),  dx <= max |T(x)| / 254,  dV <= 9/8 row_scale LARGEST / 254
+//
+// (a rounding of the scale to fp16, by at most 2^-11 of 127 steps, makes half a step 9/16).
 //
 // In memory T(x) has COLUMNS rows of 128 bytes for each tile, in which lane t of a quad has bytes 32 s + 4 t and
 // 32 s + 16 + 4 t of the s-th k32 (chunks of 16 swizzled). prompt.cu has an order and a tqw_spread of its own.
@@ -131,36 +133,89 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
 
 // ---------------------------------------------------------------------------------------------------- V in 8 bits
 
-// The levels of a row's group, rounded.
+// With one scale to a row levels stay as they are; else the largest becomes 127.
+static constexpr int LARGEST = level(WIDTH, (1 << WIDTH) - 1);
+static constexpr float LIFT = GROUPS == 1 ? 1.f : 127.f / LARGEST;
+
+// Steps of V of a row in the unit of its levels and weight scales: their number for 1, and the size of one.
+__device__ __forceinline__ float steps_of_row(float row_scale) { return row_scale > 0.f ? LIFT / row_scale : 0.f; }
+// Of a level in a group, in fp16, twice.
+__device__ __forceinline__ u32 steps_of_level(float steps_of_row, u16 weight_scale) {
+  u32 steps;
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(steps) : "f"(steps_of_row * half_to_float(weight_scale)));
+  return steps;
+}
+// 1536 + level steps, rounded: n in the lower byte. levels: in fp16, two.
+__device__ __forceinline__ u32 in_steps(u32 levels, u32 steps) { return half2_fma(levels, steps, half2_of(1536)); }
+
+// Codes of 6 and 8 bits become levels that are then scaled; for fewer a table of scaled levels is made for each group.
+#if BITS >= 6
+struct LaneLevels {};
 struct RowLevels {
+  u32 steps;  // of a level, in the row's group
+};
+__device__ __forceinline__ LaneLevels lane_levels(int t) { return {}; }
+__device__ __forceinline__ RowLevels row_levels() { return {}; }
+__device__ __forceinline__ void set_group(RowLevels& row, const LaneLevels& mine, u32 steps) { row.steps = steps; }
+// V of the eight inputs of a step.
+__device__ __forceinline__ void decode_row(const LaneLevels&, const RowLevels& row, const u32* codes, int step, u32& a, u32& b) {
+#if BITS == 8
+  auto scaled = [&](u32 codes, u32 which) {  // 0x6400 | code is 1024 + code
+    return in_steps(half2_subtract(permute(codes, 0x64646464u, which), half2_of(1024 + 128)), row.steps);
+  };
+  auto four = [&](u32 codes) { return permute(scaled(codes, 0x4140), scaled(codes, 0x4342), 0x6420); };
+  a = four(codes[2 * step]), b = four(codes[2 * step + 1]);
+#else
+  u32 v[4];
+  levels_of_pairs<WIDTH>(codes, codes + SECOND, step, v);
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = in_steps(half2_subtract(v[i], half2_of(1536)), row.steps);
+  lower_bytes_of_pairs(v, a, b);
+#endif
+}
+#else
+struct RowLevels {  // of the row's group
   u32 words[1 << (WIDTH - 2)], keep;
   template <int FIRST>
   __device__ __forceinline__ u32 word() const {
     return words[FIRST / 4];
   }
 };
-// With one scale to a row levels stay as they are; else the largest becomes 127.
-static constexpr int LARGEST = level(WIDTH, (1 << WIDTH) - 1);
-static constexpr float LIFT = GROUPS == 1 ? 1.f : 127.f / LARGEST;
 // Lanes of a quad whose inputs are of one group make its table together: each the words t, t + TOGETHER, ...
 static constexpr int WORDS = 1 << (WIDTH - 2), TOGETHER = WORDS < 4 / SUBS ? WORDS : 4 / SUBS;
 struct LaneLevels {
-  float level[WORDS / TOGETHER][4];
+  u32 level[WORDS / TOGETHER][2];  // in fp16, two and two
 };
 template <int FIRST>
 __device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
   if (FIRST / 4 % TOGETHER == t % TOGETHER) {
     u32 word = table_word<WIDTH, FIRST>();
 #pragma unroll
-    for (int i = 0; i < 4; i++) mine.level[FIRST / 4 / TOGETHER][i] = LIFT * (signed char)(word >> (8 * i));
+    for (int i = 0; i < 2; i++)  // biased, as 1024 + 128 + level
+      mine.level[FIRST / 4 / TOGETHER][i] =
+          half2_subtract(permute(word ^ 0x80808080u, 0x64646464u, i ? 0x4342 : 0x4140), half2_of(1024 + 128));
   }
   if constexpr (FIRST + 4 < 1 << WIDTH) keep_levels<FIRST + 4>(mine, t);
 }
-__device__ __forceinline__ void make_table(RowLevels& table, const LaneLevels& mine, float ratio) {
+__device__ __forceinline__ LaneLevels lane_levels(int t) {
+  LaneLevels mine;
+  keep_levels<0>(mine, t);
+  return mine;
+}
+__device__ __forceinline__ RowLevels row_levels() {
+  return {{}, Levels<WIDTH>::keep ^ threadIdx.z};  // in a register that the compiler cannot take for a constant
+}
+__device__ __forceinline__ void set_group(RowLevels& row, const LaneLevels& mine, u32 steps) {
 #pragma unroll
   for (int j = 0; j < WORDS; j += TOGETHER) {
-    u32 word = in_8_bits(mine.level[j / TOGETHER], ratio);  // |ratio| <= 1
+    const u32* level = mine.level[j / TOGETHER];
+    u32 word = permute(in_steps(level[0], steps), in_steps(level[1], steps), 0x6420);
 #pragma unroll
-    for (int i = 0; i < TOGETHER; i++) table.words[j + i] = __shfl_sync(~0u, word, i, 4 / SUBS);
+    for (int i = 0; i < TOGETHER; i++) row.words[j + i] = __shfl_sync(~0u, word, i, 4 / SUBS);
   }
 }
+// V of the eight inputs of a step.
+__device__ __forceinline__ void decode_row(const LaneLevels&, const RowLevels& row, const u32* codes, int step, u32& a, u32& b) {
+  decode<WIDTH>(row, codes, codes + SECOND, step, a, b);
+}
+#endif

@@ -142,7 +142,7 @@ __device__ __forceinline__ void take_over() {
 __host__ __device__ constexpr int level(int bits, int code) {
   constexpr signed char two[] = {LEVELS_2}, three[] = {LEVELS_3}, four[] = {LEVELS_4}, five[] = {LEVELS_5},
                         six[] = {LEVELS_6};
-  return bits == 2 ? two[code] : bits == 3 ? three[code] : bits == 4 ? four[code] : bits == 5 ? five[code] : six[code];
+  return bits == 2 ? two[code] : bits == 3 ? three[code] : bits == 4 ? four[code] : bits == 5 ? five[code] : bits == 6 ? six[code] : code - 128;
 }
 // Four levels of a table, from code `first` on, as the bytes of one register.
 template <int B, int FIRST>
@@ -157,15 +157,11 @@ __device__ __forceinline__ u32 spread_by_two(u32 b) {
   x = (x | x << 2) & 0x3333u;
   return (x | x << 1) & 0x5555u;
 }
+// Bits 0..7 of b to bits 2, 6, ..., others are left. Products, since shifts keep the unit busy that permutes.
 __device__ __forceinline__ u32 spread_by_four(u32 b) {
-  u32 x = (b | b << 12) & 0x000F000Fu;
-  x = (x | x << 6) & 0x03030303u;
-  return (x | x << 3) & 0x11111111u;
-}
-__device__ __forceinline__ u32 spread_pairs_by_four(u32 b) {  // 2-bit fields to every fourth bit
-  u32 x = permute(b, 0, 0x4140);
-  x = (x | x << 4) & 0x0F0F0F0Fu;
-  return (x | x << 2) & 0x33333333u;
+  u32 x = b * 0x1001u & 0x000F000Fu;
+  x = x * 0x41u & 0x03030303u;
+  return x * 0x24u;
 }
 // The levels themselves, as a table for `decode`.
 template <int B>
@@ -183,13 +179,74 @@ __device__ __forceinline__ u32 look_up_16(const Table& table, u32 low, u32 top) 
                  permute(table.template word<FIRST + 8>(), table.template word<FIRST + 12>(), low), top);
 }
 
-// Eight consecutive codes of a row to two registers of int8 levels, by a table. `first` and `second` are the row's plane
+__device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ u32 half2_subtract(u32 a, u32 b) {
+  u32 d;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// An fp16, twice: a normal number of at most eleven bits.
+__host__ __device__ constexpr u32 half2_of(double value) {
+  double magnitude = value < 0 ? -value : value;
+  int exponent = 25;
+  for (; magnitude < 1024; magnitude *= 2) exponent--;
+  for (; magnitude >= 2048; magnitude /= 2) exponent++;
+  return ((u32)(value < 0) << 15 | (u32)exponent << 10 | ((u32)magnitude & 1023)) * 0x10001u;
+}
+// 1536 + level, in fp16, of two codes of 5 or 6 bits, whose lower and upper bits are, among others, at PLACE and PLACE + 4 of
+// two halves. Operations of integers, by which a table is read, have half the throughput of those of fp16, so u g(u^2 - 1/2) is
+// computed, u = (2 code + 1) / 2^B - 1: rounded to an integer it is the level of every code (tests/test_cuda.py).
+template <int B, int PLACE>
+__device__ __forceinline__ u32 level_by_polynomial(u32 lower, u32 upper) {
+  constexpr u16 five[] = {POLYNOMIAL_5}, six[] = {POLYNOMIAL_6};
+  constexpr int DEGREE = (B == 5 ? sizeof five : sizeof six) / 2 - 1;
+  constexpr u32 LOWER = 0x000F000Fu << PLACE, UPPER = (B == 5 ? 0x00100010u : 0x00300030u) << PLACE;
+  constexpr double HALF = 1 << (B - 1), STEP = 1. / (1 << PLACE);
+  constexpr u32 SCALE = half2_of(STEP / HALF), MIDDLE = half2_of((0.5 - HALF - 1024 * STEP) / HALF);
+  u32 code = mask_or(upper, UPPER, mask_or(lower, LOWER, 0x64006400u));  // 1024 + code / STEP
+  u32 u = half2_fma(code, SCALE, MIDDLE), z = half2_fma(u, u, half2_of(-0.5));
+  u32 g = (B == 5 ? five[DEGREE] : six[DEGREE]) * 0x10001u;
+#pragma unroll
+  for (int i = DEGREE - 1; i >= 0; i--) g = half2_fma(g, z, (B == 5 ? five[i] : six[i]) * 0x10001u);
+  return half2_fma(u, g, half2_of(1536));
+}
+// Of eight consecutive codes: v[i] of the codes i and i + 4; a level is in the lower byte.
+template <int B>
+__device__ __forceinline__ void levels_of_pairs(const u32* first, const u32* second, int step, u32* v) {
+  u32 q = first[step];
+  if constexpr (B == 5) {
+    u32 upper = permute(second[step / 4], 0, 0x4440 + step % 4) * 0x00020020u;
+    v[0] = level_by_polynomial<B, 1>(q << 1, upper), v[1] = level_by_polynomial<B, 2>(q >> 2, upper);
+    v[2] = level_by_polynomial<B, 3>(q >> 5, upper), v[3] = level_by_polynomial<B, 4>(q >> 8, upper);
+  } else {
+    u32 upper = permute(second[step / 2], 0, step % 2 ? 0x4342 : 0x4140);
+    v[0] = level_by_polynomial<B, 1>(q << 1, upper << 5), v[1] = level_by_polynomial<B, 3>(q >> 1, upper << 5);
+    v[2] = level_by_polynomial<B, 2>(q >> 6, upper << 2), v[3] = level_by_polynomial<B, 4>(q >> 8, upper << 2);
+  }
+}
+
+// Of v[i], with i and i + 4: the lower bytes in order.
+__device__ __forceinline__ void lower_bytes_of_pairs(const u32* v, u32& a, u32& b) {
+  u32 x = permute(v[0], v[1], 0x6240), y = permute(v[2], v[3], 0x6240);  // 0, 1, 4, 5 and 2, 3, 6, 7
+  a = permute(x, y, 0x5410);
+  b = permute(x, y, 0x7632);
+}
+
+// Eight consecutive codes of a row to two registers of int8 levels, up to 4 bits by a table. `first` and `second` are the row's plane
 // words of this tile, `step` the mma step.
 template <int B, typename Table>
 __device__ __forceinline__ void decode(const Table& table, const u32* first, const u32* second, int step, u32& a, u32& b) {
   if constexpr (B == 8) {
     a = first[2 * step] ^ 0x80808080u;
     b = first[2 * step + 1] ^ 0x80808080u;
+  } else if constexpr (B == 6) {
+    u32 v[4];
+    levels_of_pairs<B>(first, second, step, v);
+    lower_bytes_of_pairs(v, a, b);
   } else if constexpr (B == 2 || B == 3) {
     u32 q = first[step / 2] >> (16 * (step & 1));
     u32 even = q & 0x3333u, odd = (q >> 2) & 0x3333u;
@@ -206,27 +263,36 @@ __device__ __forceinline__ void decode(const Table& table, const u32* first, con
     u32 q = first[step];
     u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, table.keep);
     u32 low2 = low >> 16, top2 = top >> 16;
-    if constexpr (B == 4) {
-      a = look_up_16<0>(table, low, top);
-      b = look_up_16<0>(table, low2, top2);
-    } else if constexpr (B == 5) {
-      u32 select = spread_by_four(second[step / 4] >> (8 * (step & 3)) & 0xFFu) << 2 | table.keep;
-      a = permute(look_up_16<0>(table, low, top), look_up_16<16>(table, low, top), select);
-      b = permute(look_up_16<0>(table, low2, top2), look_up_16<16>(table, low2, top2), select >> 16);
-    } else {
-      u32 pairs = spread_pairs_by_four(second[step / 2] >> (16 * (step & 1)) & 0xFFFFu);
-      u32 five = (pairs & 0x11111111u) << 2 | table.keep, six = (pairs & 0x22222222u) << 1 | table.keep;
-      a = permute(permute(look_up_16<0>(table, low, top), look_up_16<16>(table, low, top), five),
-                  permute(look_up_16<32>(table, low, top), look_up_16<48>(table, low, top), five), six);
-      five >>= 16, six >>= 16;
-      b = permute(permute(look_up_16<0>(table, low2, top2), look_up_16<16>(table, low2, top2), five),
-                  permute(look_up_16<32>(table, low2, top2), look_up_16<48>(table, low2, top2), five), six);
+    a = look_up_16<0>(table, low, top);
+    b = look_up_16<0>(table, low2, top2);
+    if constexpr (B == 5) {
+      u32 fifth = mask_or(spread_by_four(permute(second[step / 4], 0, 0x4440 + step % 4)), 0x44444444u, table.keep);
+      a = permute(a, look_up_16<16>(table, low, top), fifth);
+      b = permute(b, look_up_16<16>(table, low2, top2), fifth >> 16);
     }
   }
 }
 template <int B>
 __device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
   decode<B>(Levels<B>(), first, second, step, a, b);
+}
+
+// Levels of B bits, with the bits of FLIP inverted, as a table for `decode`: of the two words of a permute one is in a register
+// that the compiler cannot take for a constant, to be made anew each time; the other is one in the instruction.
+template <int B, u32 FLIP = 0>
+struct KeptLevels {
+  u32 first[1 << (B - 3)], keep;
+  template <int FIRST>
+  __device__ __forceinline__ u32 word() const {
+    return FIRST % 8 ? table_word<B, FIRST>() ^ FLIP : first[FIRST / 8];
+  }
+};
+template <int B, u32 FLIP = 0>
+__device__ __forceinline__ KeptLevels<B, FLIP> kept_levels() {
+  const u32 flip = FLIP ^ threadIdx.z;  // threadIdx.z is 0
+  KeptLevels<B, FLIP> kept = {{table_word<B, 0>() ^ flip, table_word<B, 8>() ^ flip}, Levels<B>::keep ^ threadIdx.z};
+  if constexpr (B == 5) kept.first[2] = table_word<B, 16>() ^ flip, kept.first[3] = table_word<B, 24>() ^ flip;
+  return kept;
 }
 
 // Whether levels below the middle code are negative and the others are not, below 127.
@@ -236,31 +302,36 @@ __host__ __device__ constexpr bool splits(int bits) {
   return true;
 }
 static_assert(splits(4), "decode_halves");
-// Words of the table of 4 bits, in registers that the compiler cannot take for constants to be made anew.
-struct Tables {
-  u32 a, b, keep;
-};
-template <u32 FLIP = 0>
-__device__ __forceinline__ Tables tables() {  // threadIdx.z is 0
-  if (HALVES) return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z, 0u};
-  return {table_word<4, 0>() ^ FLIP ^ threadIdx.z, table_word<4, 8>() ^ FLIP ^ threadIdx.z, 0x32103210u ^ threadIdx.z};
-}
 // `decode` of 4 bits as a sum, for less work: a permute whose selector has bit 3 set gives 8 times the sign of the byte.
 // Codes below 8, with negative levels, are looked up by `a`, which makes -1 of the others; these are looked up, one more
 // than they are, by `b`, which makes 0 of the former. Level = low + high: two products instead of one.
-__device__ __forceinline__ void decode_halves(const Tables& tables, u32 q, u32* low, u32* high) {
+struct Halves {
+  u32 a, b;
+};
+__device__ __forceinline__ Halves kept_halves() {
+  return {table_word<4, 0>() ^ threadIdx.z, table_word<4, 8>() + 0x01010101u ^ threadIdx.z};
+}
+__device__ __forceinline__ void decode_halves(const Halves& halves, u32 q, u32* low, u32* high) {
   constexpr u32 LOWER = table_word<4, 4>(), UPPER = table_word<4, 12>() + 0x01010101u;
   u32 other = q ^ 0x88888888u;
-  low[0] = permute(tables.a, LOWER, q), high[0] = permute(tables.b, UPPER, other);
-  low[2] = permute(tables.a, LOWER, q >> 16), high[2] = permute(tables.b, UPPER, other >> 16);
+  low[0] = permute(halves.a, LOWER, q), high[0] = permute(halves.b, UPPER, other);
+  low[2] = permute(halves.a, LOWER, q >> 16), high[2] = permute(halves.b, UPPER, other >> 16);
 }
-// `decode` of 4 bits with the words of `tables`; FLIP: bits to be inverted in all levels.
-template <u32 FLIP = 0>
-__device__ __forceinline__ void decode_whole(const Tables& tables, u32 q, u32* levels) {
-  constexpr u32 LOWER = table_word<4, 4>() ^ FLIP, UPPER = table_word<4, 12>() ^ FLIP;
-  u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, tables.keep);
-  levels[0] = permute(permute(tables.a, LOWER, low), permute(tables.b, UPPER, low), top);
-  levels[2] = permute(permute(tables.a, LOWER, low >> 16), permute(tables.b, UPPER, low >> 16), top >> 16);
+// What the decoders of a kernel keep in registers.
+struct Kept {
+  Halves halves;
+  KeptLevels<4> four;
+  KeptLevels<5> five;
+};
+__device__ __forceinline__ Kept kept_tables() { return {kept_halves(), kept_levels<4>(), kept_levels<5>()}; }
+template <int B>
+__device__ __forceinline__ void decode(const Kept& kept, const u32* first, const u32* second, int step, u32& a, u32& b) {
+  if constexpr (B == 4)
+    decode<B>(kept.four, first, second, step, a, b);
+  else if constexpr (B == 5)
+    decode<B>(kept.five, first, second, step, a, b);
+  else
+    decode<B>(first, second, step, a, b);
 }
 
 // Byte offset within a row of the codes t LANE to (t + 1) LANE of the tile at input k.
@@ -587,7 +658,7 @@ static constexpr int OF_LANE = 2 / PLANES;  // tokens of a column tile whose sum
 
 // total[nt][row half][token] += weight_scale * s * (256 high + low) of one tile of one pass.
 template <int I>
-__device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& unit, const u8* const* columns,
+__device__ __forceinline__ void multiply_pass(const Kept& kept, const Unit& unit, const u8* const* columns,
                                               const float (*x_scale)[OF_LANE], float (*total)[2][OF_LANE]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
   int c[NT][4];
@@ -606,16 +677,13 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
       u32 a[4];
       if constexpr (B == 4 && HALVES) {
         u32 high[4];
-        decode_halves(tables, unit.codes[0][FIRST + step + s], a, high);
-        decode_halves(tables, unit.codes[1][FIRST + step + s], a + 1, high + 1);
+        decode_halves(kept.halves, unit.codes[0][FIRST + step + s], a, high);
+        decode_halves(kept.halves, unit.codes[1][FIRST + step + s], a + 1, high + 1);
 #pragma unroll
         for (int n = 0; n < NT; n++) multiply(c[n], high, b[n][2 * s], b[n][2 * s + 1]);
-      } else if constexpr (B == 4) {
-        decode_whole(tables, unit.codes[0][FIRST + step + s], a);
-        decode_whole(tables, unit.codes[1][FIRST + step + s], a + 1);
       } else {
-        decode<B>(unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
-        decode<B>(unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
+        decode<B>(kept, unit.codes[0] + FIRST, unit.codes[0] + SECOND, step + s, a[0], a[2]);
+        decode<B>(kept, unit.codes[1] + FIRST, unit.codes[1] + SECOND, step + s, a[1], a[3]);
       }
 #pragma unroll
       for (int n = 0; n < NT; n++) multiply(c[n], a, b[n][2 * s], b[n][2 * s + 1]);
@@ -634,7 +702,7 @@ __device__ __forceinline__ void multiply_pass(const Tables& tables, const Unit& 
       }
     }
   }
-  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(tables, unit, columns, x_scale, total);
+  if constexpr (I + 1 < PASSES) multiply_pass<I + 1>(kept, unit, columns, x_scale, total);
 }
 
 __device__ __forceinline__ void store_output(const Params& p, int token, int row, float value) {
@@ -1027,7 +1095,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #if SPLIT > 1
   sums_at = address_of_rank(sums_at, lot % SPLIT);
 #endif
-  const Tables words = tables();
+  const Kept kept = kept_tables();
   int buffer = 0, pending = 0, slot = 0;
 #if !FUSED && __CUDA_ARCH__ >= 900
   auto wait_for_half = [&](int half) { barrier_wait(arrived + 8 * half, 0); };
@@ -1065,7 +1133,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 #pragma unroll
           for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[turn * (SHARE * TOKENS) + 4 * OF_LANE * n + i];
         }
-        multiply_pass<0>(words, unit, at, x_scale, total);
+        multiply_pass<0>(kept, unit, at, x_scale, total);
       }
     }
     u32 to = sums_at + (buffer * p.batch + pending) * (WARPS * 4) * outputs;

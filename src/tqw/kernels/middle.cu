@@ -29,59 +29,57 @@ static constexpr int RING_BYTES = STAGES * STAGE_BYTES > END_BYTES ? STAGES * ST
 // ------------------------------------------------------------------------------------------- operands and sums
 
 #if COARSE
-// A of two k32 steps of a tile, by the tables of its two rows.
-__device__ __forceinline__ void prepare(const RowLevels* table, const Unit& unit, int half, u32 (*a)[4]) {
+// A of two k32 steps of a tile, by the levels of its two rows.
+__device__ __forceinline__ void prepare(const LaneLevels& levels, const RowLevels* rows, const Unit& unit, int half, u32 (*a)[4]) {
 #pragma unroll
   for (int s = 0; s < 2; s++) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) decode<WIDTH>(table[h], unit.codes[h], unit.codes[h] + SECOND, 2 * half + s, a[s][h], a[s][h + 2]);
+    for (int h = 0; h < 2; h++) decode_row(levels, rows[h], unit.codes[h], 2 * half + s, a[s][h], a[s][h + 2]);
   }
 }
 #else
 static constexpr bool ROOM = COLUMNS < 128 || MIN_CTAS == 1;  // registers for the words of the table
-static constexpr int KEPT = PASSES == 1 && (WIDTHS[0] == 5 || WIDTHS[0] == 6) ? WIDTHS[0] : 0;  // so many bits have such a table, too
-
-struct Words {
-  Tables of_four;
-  KeptLevels<KEPT> of_more;
-};
 
 // A of the four k16 steps of half a tile, for pass I.
 template <int I>
-__device__ __forceinline__ void prepare(const Words& words, const Unit& unit, int half, u32 (*a)[4]) {
+__device__ __forceinline__ void prepare(const KeptLevels<4, BIAS>& table, const Unit& unit, int half, u32 (*a)[4]) {
   constexpr int B = WIDTHS[I], FIRST = words_before(I), SECOND = FIRST + words_of(B, 0);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     u32 scale = unit.scales[h][I][0] * 0x10001u;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-      u32 biased[3];
-      if constexpr (B == 4 && ROOM) {
-        decode_whole<BIAS>(words.of_four, unit.codes[h][FIRST + 2 * half + s], biased);
-      } else if constexpr (B == KEPT) {
-        decode<B>(words.of_more, unit.codes[h], unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
+      u32 biased[2];
+      if constexpr (PAIRS) {
+        u32 v[4];
+        levels_of_pairs<B>(unit.codes[h], unit.codes[h] + SECOND, 2 * half + s, v);
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[2 * s + i / 2][h + i % 2 * 2] = half2_multiply(half2_subtract(v[i], half2_of(1536)), scale);
+        continue;
+      } else if constexpr (B == 4 && ROOM) {
+        decode<B>(table, unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[1]);
       } else {
-        decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[2]);
-        biased[0] ^= BIAS, biased[2] ^= BIAS;
+        decode<B>(unit.codes[h] + FIRST, unit.codes[h] + SECOND, 2 * half + s, biased[0], biased[1]);
+        biased[0] ^= BIAS, biased[1] ^= BIAS;
       }
       to_half(biased[0], scale, a[2 * s][h], a[2 * s][h + 2]);
-      to_half(biased[2], scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
+      to_half(biased[1], scale, a[2 * s + 1][h], a[2 * s + 1][h + 2]);
     }
   }
 }
 
 // Issues half a tile of pass I and of the passes after it; two sets of A take turns, so that decoding the next overlaps.
 template <int I>
-__device__ __forceinline__ void multiply_half(const Words& words, const Unit& unit, int half, u64 b, float* d,
+__device__ __forceinline__ void multiply_half(const KeptLevels<4, BIAS>& table, const Unit& unit, int half, u64 b, float* d,
                                               u32 (*a)[4][4]) {
-  prepare<I>(words, unit, half, a[half]);
+  prepare<I>(table, unit, half, a[half]);
   fence_sums();
 #pragma unroll
   for (int s = 0; s < 4; s++) multiply_async(d, a[half][s], b + 2 * s);
   commit_products();
   if constexpr (I + 1 < PASSES) {
     wait_products<0>();
-    multiply_half<I + 1>(words, unit, half, b, d, a);
+    multiply_half<I + 1>(table, unit, half, b, d, a);
   }
 }
 #endif
@@ -180,13 +178,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const
   int row0 = min(first_row + warp * 16 + g, p.out - 1), row1 = min(first_row + warp * 16 + g + 8, p.out - 1);
   u32 full = shared_address(ring + RING_BYTES), empty = full + 8 * STAGES, stage0 = shared_address(ring);
 
-  constexpr int AHEAD = COARSE ? 4 : 2;  // tiles whose codes are on their way
+  constexpr int AHEAD = COARSE && WIDTHS[0] <= 4 ? 4 : 2;  // tiles whose codes are on their way
   Unit units[AHEAD];
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) load_pass<0>(p, units[i], row0, row1, min(begin + i, end - 1) * TILE, t);
 #if COARSE
-  float most[2];
-  row_scales(p, row0, row1, begin, end, t, most);
+  float steps[2];
+  row_scales(p, row0, row1, begin, end, t, steps);
+#pragma unroll
+  for (int h = 0; h < 2; h++) steps[h] = steps_of_row(steps[h]);
 #endif
   if (threadIdx.x == 0) {
     constexpr int ARRIVALS = (EVERY_LANE ? 128 : 4) * WARPGROUPS;
@@ -231,19 +231,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const
     return ++tile < end;
   };
 #if COARSE
-  LaneLevels levels;
-  keep_levels<0>(levels, t);
-  RowLevels table[2];
-  table[0].keep = table[1].keep = Levels<WIDTH>::keep ^ threadIdx.z;  // in a register that the compiler cannot take for a constant
-  float inverse[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) inverse[h] = most[h] > 0.f ? 1.f / most[h] : 0.f;
+  LaneLevels levels = lane_levels(t);
+  RowLevels rows[2] = {row_levels(), row_levels()};
   u32 a[2][2][4];
   // Half a tile is multiplied while the next half is decoded.
   auto work = [&](Unit& unit) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) make_table(table[h], levels, half_to_float(unit.scales[h][0][0]) * inverse[h]);
-    prepare(table, unit, 0, a[0]);
+    for (int h = 0; h < 2; h++) set_group(rows[h], levels, steps_of_level(steps[h], unit.scales[h][0][0]));
+    prepare(levels, rows, unit, 0, a[0]);
     barrier_wait(full + 8 * stage, parity);
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
     fence_sums();
@@ -253,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const
     wait_products<1>();
     release_last();
     fill_again();
-    prepare(table, unit, 1, a[1]);
+    prepare(levels, rows, unit, 1, a[1]);
     load_pass<0>(p, unit, row0, row1, min(tile + AHEAD, end - 1) * TILE, t);
     fence_sums();
 #pragma unroll
@@ -262,19 +257,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const
     wait_products<1>();
     return advance();
   };
-  while (work(units[0]) && work(units[1]) && work(units[2]) && work(units[3])) {
+  while (work(units[0]) && work(units[1]) && work(units[2 % AHEAD]) && work(units[3 % AHEAD])) {
   }
 #else
   u32 a[2][4][4];
-  const Words words = {tables<BIAS>(), kept_levels<KEPT>()};
+  const KeptLevels<4, BIAS> table = kept_levels<4, BIAS>();
   auto work = [&](Unit& unit) {
     barrier_wait(full + 8 * stage, parity);
     u64 b = descriptor(stage0 + stage * STAGE_BYTES);
-    multiply_half<0>(words, unit, 0, b, d, a);
+    multiply_half<0>(table, unit, 0, b, d, a);
     wait_products<1>();
     release_last();
     fill_again();
-    multiply_half<0>(words, unit, 1, b + COLUMNS * 128 / 16, d, a);
+    multiply_half<0>(table, unit, 1, b + COLUMNS * 128 / 16, d, a);
     wait_products<1>();
     load_pass<0>(p, unit, row0, row1, min(tile, end - 3) * TILE + 2 * TILE, t);
     return advance();
@@ -289,12 +284,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) tqw_middle(const
 #if CLUSTER > 1
   cluster_arrive();
 #endif
+#if COARSE
+  float step[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) step[h] = steps[h] > 0.f ? 1.f / steps[h] : 0.f;
+#endif
   float total[COLUMNS / 2];
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) {
     total[i] = d[i] * scale_of[column_of(i)];
 #if COARSE
-    total[i] *= most[i % 4 / 2] * (1 / LIFT);
+    total[i] *= step[i % 4 / 2];
 #endif
   }
 #if APART

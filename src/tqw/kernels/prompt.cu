@@ -200,22 +200,25 @@ __device__ __forceinline__ void load_strip(const Params& p, StripOfV& strip, int
   for (int i = 0; i < DECODED; i++)
     load_pass<0>(p, strip.units[i], row0, row1, min(strip.part * DECODED + i, TILES - 1) * TILE, lane & 3);
 }
-__device__ __forceinline__ void decode_strip(const Params& p, const StripOfV& strip, const LaneLevels& levels, RowLevels& table,
+__device__ __forceinline__ void decode_strip(const Params& p, const StripOfV& strip, const LaneLevels& levels, RowLevels& row,
                                              int lane) {
   int t = lane & 3;
   u8* to = p.rows + (i64)strip.block * TILES * ROWS_BYTES + strip.row % ROWS * 128;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    float most = p.row_scale[row_of(p, strip, h)], inverse = most > 0.f ? 1.f / most : 0.f;
+    float steps = steps_of_row(p.row_scale[row_of(p, strip, h)]);
 #pragma unroll
     for (int j = 0; j < DECODED; j++) {
       int tile = strip.part * DECODED + j;
       if (TILES % DECODED && tile >= TILES) break;
       u32 v[8];  // inputs 32 t to 32 t + 32
       const Unit& unit = strip.units[j];
-      make_table(table, levels, half_to_float(unit.scales[h][0][0]) * inverse);
+      set_group(row, levels, steps_of_level(steps, unit.scales[h][0][0]));
 #pragma unroll
-      for (int s = 0; s < 4; s++) decode<WIDTH>(table, unit.codes[h], unit.codes[h] + SECOND, s, v[2 * s], v[2 * s + 1]);
+      for (int s = 0; s < 4; s++) {
+        if (WIDTH >= 5) __syncwarp();  // or the compiler works on more steps at once than it has registers for
+        decode_row(levels, row, unit.codes[h], s, v[2 * s], v[2 * s + 1]);
+      }
 #pragma unroll
       for (int i = 0; i < 2; i++)
         *(uint4*)(to + (i64)tile * ROWS_BYTES + h * 1024 + (4 * i + t ^ strip.row & 7) * 16) =
@@ -275,15 +278,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) tqw_prompt(const __grid_con
     asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
     wait_for_previous_kernel();
     if (warp > 8) {
-      LaneLevels levels;
-      keep_levels<0>(levels, t);
-      RowLevels table;
-      table.keep = Levels<WIDTH>::keep ^ threadIdx.z;  // in a register that the compiler cannot take for a constant
+      LaneLevels levels = lane_levels(t);
+      RowLevels row = row_levels();
       int n = __shfl_sync(~0u, lane == 0 ? atomicAdd(p.arrived, 1) : 0, 0);
       while (n < strips) {
         load_strip(p, strip, n, blocks_of_rows, lane);
         int next = lane == 0 ? atomicAdd(p.arrived, 1) : 0;
-        decode_strip(p, strip, levels, table, lane);
+        decode_strip(p, strip, levels, row, lane);
         __syncwarp();
         if (lane < 2) count_done(counts_of(p, strip.block) + (lane ? PARTS : strip.part));
         n = __shfl_sync(~0u, next, 0);
