@@ -8,9 +8,9 @@ more of 16-bit inputs and weights below 6 bits, to 8:
 
     |y - exact| <= sum over tiles of (max |T(x)| / 65024, or 254) * sum |V|  +  float32 accumulation
 
-From 17 tokens on, weights of up to 4 bits, one scale serves a token or a large part of it, and V is rounded to 8 bits,
+From 17 tokens on, weights of up to 5 bits, one scale serves a token or a large part of it, and V is rounded to 8 bits,
 too (see the head of int8.cu); for prompts it is decoded so once for all tokens, some rows at a time (prompt.cu).
-TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits; docs/kernels.md states what 8 cost.
+TQW_CUDA_ACTIVATIONS=exact keeps to 16 bits, int8 rounds so with every width; docs/kernels.md states what 8 cost.
 Nothing here asks the GPU anything before the first call.
 """
 

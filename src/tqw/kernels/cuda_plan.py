@@ -132,7 +132,9 @@ class Variant:
 
     def strip_tiles(self) -> int:
         """Of a strip of V that a warp of the kernel for prompts decodes at once: their codes are in registers."""
-        return 4 if self.bits[0] <= 4 else 2
+        if self.bits[0] <= 4:
+            return 4
+        return 1 if self.bits[0] == 6 and self.padded_in < 1024 else 2  # of few tiles the compiler unrolls all
 
     def rows_ahead(self) -> int:
         """Dynamic shared memory of the kernel that transforms prompts: two rows of x, their barriers. 0: so few inputs

@@ -4,7 +4,8 @@
 // weight_scale rounds once for each pass; wgmma sums in float32.
 //
 // In memory T(x) has COLUMNS rows of 128 bytes for each half of a tile, chunks of 16 swizzled. Byte 16 c + 4 t + j of half w
-// is of inputs 32 t + 16 w + 8 (c / 4) + 2 (c % 4) and the next, or, PAIRS, of 32 t + 16 w + 8 (c / 4) + c % 4 and the one 4 further.
+// is of inputs 32 t + 16 w + 8 (c / 4) + 2 (c % 4) and the next; PAIRS: 32 t + 16 w + 8 (c / 4) + c % 4 and the one 4
+// further.
 //
 // SPREAD    CTAs of a cluster that write T(x) of one token: 1, 2, 4, 8
 

@@ -142,7 +142,8 @@ __device__ __forceinline__ void take_over() {
 __host__ __device__ constexpr int level(int bits, int code) {
   constexpr signed char two[] = {LEVELS_2}, three[] = {LEVELS_3}, four[] = {LEVELS_4}, five[] = {LEVELS_5},
                         six[] = {LEVELS_6};
-  return bits == 2 ? two[code] : bits == 3 ? three[code] : bits == 4 ? four[code] : bits == 5 ? five[code] : bits == 6 ? six[code] : code - 128;
+  if (bits == 8) return code - 128;
+  return bits == 2 ? two[code] : bits == 3 ? three[code] : bits == 4 ? four[code] : bits == 5 ? five[code] : six[code];
 }
 // Four levels of a table, from code `first` on, as the bytes of one register.
 template <int B, int FIRST>
@@ -236,8 +237,8 @@ __device__ __forceinline__ void lower_bytes_of_pairs(const u32* v, u32& a, u32& 
   b = permute(x, y, 0x7632);
 }
 
-// Eight consecutive codes of a row to two registers of int8 levels, up to 4 bits by a table. `first` and `second` are the row's plane
-// words of this tile, `step` the mma step.
+// Eight consecutive codes of a row to two registers of int8 levels, 2 to 5 bits by a table. `first` and `second` are the
+// row's plane words of this tile, `step` the mma step.
 template <int B, typename Table>
 __device__ __forceinline__ void decode(const Table& table, const u32* first, const u32* second, int step, u32& a, u32& b) {
   if constexpr (B == 8) {
