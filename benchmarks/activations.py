@@ -6,6 +6,10 @@ kernel share the inputs, each part has scales of its own, so that it loses less 
     export TQW_CPU_ISA=avx512
     python benchmarks/activations.py --bits 4,3,5 --max-tokens 8192 -o benchmarks/results/activations.json
     python benchmarks/activations.py --group-size 32 --max-tokens 8192 -o benchmarks/results/activations_32.json
+    python benchmarks/activations.py --bits 8,6 --activations "float,int8 of a token" --max-tokens 8192 \
+        -o benchmarks/results/activations_wide.json
+
+A group's scale, which the kernel rounds to fp16, is not rounded here.
 """
 
 from __future__ import annotations

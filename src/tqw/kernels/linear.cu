@@ -1350,8 +1350,10 @@ __device__ __forceinline__ void dequantize_block(const Params& p, int k, u8* pie
 }
 
 #ifndef COLUMNS  // a module of middle.cu has only its own kernels
+// Several passes, and from sm_100 on 6 bits, need more registers than three CTAs leave.
+static constexpr bool THREE_CTAS = PASSES == 1 && (WIDTHS[0] != 6 || __CUDA_ARCH__ < 1000);
 // y[r] = dense[first_row + r] (or dense[ids[r]]) for p.tokens rows.
-extern "C" __global__ void __launch_bounds__(128, PASSES == 1 ? 3 : 2)
+extern "C" __global__ void __launch_bounds__(128, THREE_CTAS ? 3 : 2)
     tqw_dequantize(const __grid_constant__ Params p) {
   __shared__ __align__(16) u8 shared[4][16 * BLOCK * 2];
   int warp = threadIdx.x / 32, k = (blockIdx.x * 4 + warp) * BLOCK;
