@@ -110,10 +110,8 @@ __device__ __forceinline__ u32 half2_multiply(u32 a, u32 b) {
   return d;
 }
 
-static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
-
-// Four biased levels times a scale (twice in one register): two registers of fp16 pairs. 0x6400 | byte is 1024 + byte.
+// Four biased levels times a scale (twice in one register): two registers of fp16 pairs.
 __device__ __forceinline__ void to_half(u32 biased, u32 scale, u32& low, u32& high) {
-  low = half2_multiply(half2_subtract(permute(biased, 0x64646464u, 0x4140), 0x64806480u), scale);
-  high = half2_multiply(half2_subtract(permute(biased, 0x64646464u, 0x4342), 0x64806480u), scale);
+  low = half2_multiply(half2_of_biased(biased, 0), scale);
+  high = half2_multiply(half2_of_biased(biased, 1), scale);
 }

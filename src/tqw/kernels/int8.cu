@@ -160,11 +160,9 @@ __device__ __forceinline__ void set_group(RowLevels& row, const LaneLevels& mine
 // V of the eight inputs of a step.
 __device__ __forceinline__ void decode_row(const LaneLevels&, const RowLevels& row, const u32* codes, int step, u32& a, u32& b) {
 #if BITS == 8
-  auto scaled = [&](u32 codes, u32 which) {  // 0x6400 | code is 1024 + code
-    return in_steps(half2_subtract(permute(codes, 0x64646464u, which), half2_of(1024 + 128)), row.steps);
-  };
-  auto four = [&](u32 codes) { return permute(scaled(codes, 0x4140), scaled(codes, 0x4342), 0x6420); };
-  a = four(codes[2 * step]), b = four(codes[2 * step + 1]);
+  auto scaled = [&](u32 biased, int upper) { return in_steps(half2_of_biased(biased, upper), row.steps); };
+  auto four = [&](u32 biased) { return permute(scaled(biased, 0), scaled(biased, 1), 0x6420); };
+  a = four(codes[2 * step]), b = four(codes[2 * step + 1]);  // codes are biased levels
 #else
   u32 v[4];
   levels_of_pairs<WIDTH>(codes, codes + SECOND, step, v);
@@ -191,9 +189,7 @@ __device__ __forceinline__ void keep_levels(LaneLevels& mine, int t) {
   if (FIRST / 4 % TOGETHER == t % TOGETHER) {
     u32 word = table_word<WIDTH, FIRST>();
 #pragma unroll
-    for (int i = 0; i < 2; i++)  // biased, as 1024 + 128 + level
-      mine.level[FIRST / 4 / TOGETHER][i] =
-          half2_subtract(permute(word ^ 0x80808080u, 0x64646464u, i ? 0x4342 : 0x4140), half2_of(1024 + 128));
+    for (int i = 0; i < 2; i++) mine.level[FIRST / 4 / TOGETHER][i] = half2_of_biased(word ^ BIAS, i);
   }
   if constexpr (FIRST + 4 < 1 << WIDTH) keep_levels<FIRST + 4>(mine, t);
 }

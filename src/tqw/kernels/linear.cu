@@ -198,6 +198,11 @@ __host__ __device__ constexpr u32 half2_of(double value) {
   for (; magnitude >= 2048; magnitude /= 2) exponent++;
   return ((u32)(value < 0) << 15 | (u32)exponent << 10 | ((u32)magnitude & 1023)) * 0x10001u;
 }
+static constexpr u32 BIAS = 0x80808080u;  // makes levels + 128 of int8 levels
+// Two of four biased levels in fp16, the lower ones or the upper ones: 0x6400 | byte is 1024 + byte.
+__device__ __forceinline__ u32 half2_of_biased(u32 biased, int upper) {
+  return half2_subtract(permute(biased, 0x64646464u, upper ? 0x4342 : 0x4140), half2_of(1024 + 128));
+}
 // 1536 + level, in fp16, of two codes of 5 or 6 bits, whose lower and upper bits are, among others, at PLACE and PLACE + 4 of
 // two halves. Operations of integers, by which a table is read, have half the throughput of those of fp16, so u g(u^2 - 1/2) is
 // computed, u = (2 code + 1) / 2^B - 1: rounded to an integer it is the level of every code (tests/test_cuda.py).
@@ -242,8 +247,8 @@ __device__ __forceinline__ void lower_bytes_of_pairs(const u32* v, u32& a, u32& 
 template <int B, typename Table>
 __device__ __forceinline__ void decode(const Table& table, const u32* first, const u32* second, int step, u32& a, u32& b) {
   if constexpr (B == 8) {
-    a = first[2 * step] ^ 0x80808080u;
-    b = first[2 * step + 1] ^ 0x80808080u;
+    a = first[2 * step] ^ BIAS;
+    b = first[2 * step + 1] ^ BIAS;
   } else if constexpr (B == 6) {
     u32 v[4];
     levels_of_pairs<B>(first, second, step, v);
