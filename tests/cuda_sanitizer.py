@@ -4,9 +4,9 @@
     compute-sanitizer --kernel-regex kns=tqw --report-api-errors no --tool racecheck python tests/cuda_sanitizer.py
 
 The first run, without a checker, compiles. `--tool` memcheck, racecheck, synccheck, initcheck; arguments choose kinds:
-few several groups wide middle coarse prompt experts dense. `--every-lane` compiles the kernel for 17 tokens and more so
-that racecheck follows it (EVERY_LANE in wgmma.cu); without it, it reports hazards there that are none. Values are not
-compared: that is what test_cuda.py does.
+few several pairs groups wide middle coarse prompt experts dense. `--every-lane` compiles the kernel for 17 tokens and
+more so that racecheck follows it (EVERY_LANE in wgmma.cu); without it, it reports hazards there that are none. Values
+are not compared: that is what test_cuda.py does.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def linear(qw: QuantizedWeight, tokens: int, dtype: torch.dtype) -> None:
     kernels.linear(x, qw, torch.randn(qw.out_features, device="cuda").to(dtype), backend="cuda")
 
 
+def fresh(out_features: int, in_features: int, bits: str, tokens: int) -> None:
+    linear(weight(out_features, in_features, bits), tokens, torch.half)
+
+
 def experts(tokens: int, bits: str) -> None:
     ids = torch.randint(-1, 6, (tokens, 2), device="cuda")  # some do not exist
     kernels.experts(torch.randn(tokens, 512, device="cuda").bfloat16(), weight(40, 512, bits, experts=5), ids)
@@ -79,6 +83,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (out_features, in_features), tokens in product(DECODE, TOKENS):
         kind = "wide" if in_features > 8192 else "few" if tokens <= 2 else "several"
         yield kind, lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
+    for bits, (out_features, in_features) in product(("2", "3", "5", "4+4"), ((17, 512), (300, 2816), (136, 16384))):
+        for tokens in (1, 3, 16) if bits in "23" else (1,):
+            yield "pairs", partial(fresh, out_features, in_features, bits, tokens)
+    yield "pairs", partial(fresh, 4232, 9216, "4", 1)
     for bits in ("2", "3", "5", "6", "3+2"):
         yield "several", lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
         yield "middle", lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)

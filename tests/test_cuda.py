@@ -377,6 +377,36 @@ def test_many_inputs_of_an_even_share_of_rows(poisoned, in_features, bits):
             check(kernels.linear(x, qw, backend="cuda"), x, qw)
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", ["2", "3", "5", "6", "8", "4+4", "3+2"])
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 512), (17, 768), (264, 5888), (6600, 2048), (136, 16384), (4264, 9216)]
+)
+def test_two_tiles_in_a_turn(poisoned, bits, out_features, in_features):
+    """Even numbers of tiles, which the warps share evenly or not; several tokens of 2 and 3 bits."""
+    qw = make(out_features, in_features, bits=bits)
+    device = cuda_launch.device_at(torch.cuda.current_device())
+    for tokens in (1, 3, 9, 16):
+        for dtype in ROUND_OFF if tokens == 1 else (torch.half,):
+            x = torch.randn(tokens, in_features + 8).cuda().to(dtype)[:, :-8]
+            variant = cuda_plan.decode_variant(cuda._variant(qw, dtype), tokens, out_features, device)
+            assert (variant.turn_tiles == 2) == (tokens == 1 or bits in "23")
+            check(kernels.linear(x, qw, backend="cuda"), x, qw)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("out_features", "in_features"), [(6600, 2048), (4232, 9216), (4264, 14336)])
+def test_two_tiles_of_4_bits_in_a_turn(poisoned, out_features, in_features):
+    qw = make(out_features, in_features)
+    device = cuda_launch.device_at(torch.cuda.current_device())
+    for dtype in ROUND_OFF:
+        x = torch.randn(1, in_features).cuda().to(dtype)
+        assert cuda_plan.decode_variant(cuda._variant(qw, dtype), 1, out_features, device).turn_tiles == 2
+        check(kernels.linear(x, qw, backend="cuda"), x, qw)
+
+
 @pytest.mark.parametrize(
     ("out_features", "in_features", "tokens"),
     [(4096, 4096, 16), (4096, 14336, 16), (12288, 12288, 16), (3584, 18944, 12), (5120, 17408, 12), (2048, 11008, 12)],
@@ -436,29 +466,33 @@ def test_compiles_without_a_gpu(arch):
 
 @pytest.mark.parametrize(("arch", "clusters"), [("sm_80", False), ("sm_90a", True), ("sm_120", True)])
 @pytest.mark.parametrize(
-    ("padded_in", "tokens", "planes"),
-    [(4096, 1, 1), (4096, 2, 2), (4096, 16, 2), (4096, 32, 1), (14336, 1, 1), (14336, 8, 2), (14336, 16, 1)],
-)
-def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens, planes):
+    ("padded_in", "tokens", "planes", "bits"),
+    [
+        (4096, 1, 1, 4), (4096, 2, 2, 4), (4096, 16, 2, 4), (4096, 32, 1, 4), (14336, 1, 1, 4), (14336, 8, 2, 4),
+        (14336, 16, 1, 4), (14336, 1, 1, 3), (4096, 16, 1, 3), (4096, 1, 2, 5), (4096, 1, 2, 6), (14336, 1, 2, 8),
+    ],
+)  # fmt: skip
+def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens, planes, bits):
     device = cuda_launch.Device(0, arch, 132, 232448, clusters)
-    base = cuda_plan.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
+    base = cuda_plan.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda_plan.decode_variant(base, tokens, 4096, device)
     assert clusters or variant.split == variant.cluster == 1
     _, log = cuda_launch.compile_with_log(variant.source(), arch)
     assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 3
 
 
+@pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("tile", [32, 64, 128])
-def test_shares_of_a_cta_are_whole(tile):
+def test_shares_of_a_cta_are_whole(tile, bits):
     device = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     for padded_in in range(tile, 1 << 15, tile):
-        base = cuda_plan.Variant((4,), padded_in, tile, tile, 128, True, True, 2)
+        base = cuda_plan.Variant((bits,), padded_in, tile, tile, 128, True, True, 2)
         for tokens, out_features in ((1, 17), (1, 4096), (2, 4096), (4, 200), (16, 50000)):
             v = cuda_plan.decode_variant(base, tokens, out_features, device)
-            assert padded_in // tile % v.split == 0
+            assert padded_in // tile % (v.split * v.turn_tiles) == 0
             assert v.warps % v.share == 0
             assert v.warps // v.share % v.split == 0
-            assert v.share <= padded_in // tile // v.split
+            assert v.share <= padded_in // tile // v.split // v.turn_tiles
             assert v.warps <= 20
             assert v.shared_bytes(1, 1) <= device.shared_bytes
 

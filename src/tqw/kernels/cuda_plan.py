@@ -53,6 +53,7 @@ class Variant:
     split: int = 1
     warps: int = 16
     share: int = 16
+    turn_tiles: int = 1
     ring: int = 1
     early: int = 1
     unroll: int = 1
@@ -75,7 +76,7 @@ class Variant:
             "SCALED": int(self.scaled), "X_TYPE": self.x_type, "PLANES": self.planes, "NT": self.column_tiles,
             "FUSED": int(self.fused),
             "CLUSTER": 1 if self.apart else max(self.cluster, self.split), "SPLIT": self.split,
-            "WARPS": self.warps, "SHARE": self.share,
+            "WARPS": self.warps, "SHARE": self.share, "TURN_TILES": self.turn_tiles,
             "RING": self.ring, "EARLY": min(self.early, self.ring), "UNROLL": self.unroll, "HALVES": int(self.halves),
             "MIN_CTAS": self.min_ctas,
             "SMALL": int(self.small), "EXPERTS": int(self.experts),
@@ -99,7 +100,7 @@ class Variant:
     def shared_bytes(self, tokens: int, batch: int) -> int:
         """Dynamic shared memory of the decode kernel: ring, barrier, warp sums, planes, plane scales."""
         scales = 16 * max(4, 2 * self.tile // self.group)
-        ring = self.ring * self.warps * sum(16 * self.tile * bits // 8 + scales for bits in self.bits)
+        ring = self.ring * self.warps * sum(16 * self.turn_tiles * self.tile * bits // 8 + scales for bits in self.bits)
         sums = 2 * batch * self.warps * 16 * tokens * 4
         of_rank = self.padded_in // self.split
         planes = tokens * self.planes * (of_rank + 16) + 4 * of_rank // self.tile * self.scale_pitch()
@@ -250,6 +251,14 @@ def _sizes(base: Variant, out: int, device: Device) -> tuple[bool, bool]:
     return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
 
 
+def _in_pairs(base: Variant, tokens: int, split: int) -> bool:
+    """Whether a warp should take two tiles at once: they lie side by side, so that rows come in longer pieces (of 3
+    and 5 bits those of one tile are no whole sectors of memory), and a turn takes some time of its own."""
+    if base.tile != 128 or base.group != 128 or base.experts or base.padded_in // 128 // split % 2:
+        return False
+    return tokens == 1 or base.bits in ((2,), (3,))
+
+
 def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
     """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
     tiles, strips = base.padded_in // base.tile, -(-out // 16)
@@ -265,10 +274,23 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     halved = tiles > 120 and each < 3 if plain else wide and not whole
     split = 2 if halved and clustered and tiles % 2 == 0 else 1
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    warps, share = (16, 8) if plain and halved else _shares(tiles // split, split, each)
+    lasts = each > (2.2 if wide else 3)  # so long that more codes on their way, which delay x, are worth it
+    # of 4 bits one tile at a time is as fast where turns are few, and where the last strips leave many idle
+    brief = base.bits == (4,) and not lasts and (split == 2 or not wide or _busy(each) < 0.83)
+    turn_tiles = 2 if _in_pairs(base, tokens, split) and not brief else 1
+    turns = tiles // split // turn_tiles
+    if (plain and halved) or (turn_tiles == 2 and turns * split > 20 and base.bits != (2,)):
+        warps, share = 16, 16 // split  # four for each scheduler: better than shares that come out even
+    else:
+        warps, share = _shares(turns, split, each)
     if many and split == 1 and tokens > 8 and tiles > 20:
-        warps, share = min((warps, share), _shares(tiles, 2), key=lambda shares: _turns(tiles, each, *shares))
-    if tokens > 8:
+        warps, share = min((warps, share), _shares(turns, 2), key=lambda shares: _turns(turns, each, *shares))
+    if turn_tiles == 2:
+        ring = 3 if tokens == 1 and lasts and sum(base.bits) <= 4 else 2
+        early = 2 if tokens > 1 or lasts else 1
+    elif 1 < tokens <= 8 and sum(base.bits) > 4 and base.bits != (8,):
+        ring, early = 2, 2  # decoding takes longer than fetching
+    elif tokens > 8:
         ring, early = 3 if many else 2, 1 if split == 2 and each < 3 else 2
     elif many:
         ring, early = 5, 3
@@ -288,6 +310,7 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
         split=split,
         warps=warps,
         share=share,
+        turn_tiles=turn_tiles,
         ring=ring,
         early=early,
         unroll=2,

@@ -18,11 +18,13 @@
 static_assert(TILE == 128 && PASSES == 1 && ROTATE, "a tile is 128 inputs, rotated");
 static constexpr int WIDTH = WIDTHS[0], SECOND = words_of(WIDTH, 0);
 
-// Four values times a scale, of at most 127, rounded.
-__device__ __forceinline__ u32 in_8_bits(const float* v, float scale) {
+// Eight values times a scale, of at most 127, rounded: those that come first (i = 0) or last.
+__device__ __forceinline__ u32 in_8_bits(const float (&v)[8], int i, float scale) {
+  float four[4];
   int n[4];
+  half_of_eight(v, i, four);
 #pragma unroll
-  for (int i = 0; i < 4; i++) n[i] = __float_as_int(fmaf(v[i], scale, __int_as_float(MAGIC)));  // n is in the lower byte
+  for (int j = 0; j < 4; j++) n[j] = __float_as_int(fmaf(four[j], scale, __int_as_float(MAGIC)));  // n is in the lower byte
   return lower_bytes(n);
 }
 
@@ -93,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS) tqw_spread(const __
   TokenScale of_token = token_scale(most);
   // Eight inputs in 8 bits; of a quad's neighbours t and t ^ 1 one takes all lower words, one the upper ones.
   auto rounded = [&](const float (&v)[8]) {
-    u32 low = in_8_bits(v, of_token.inverse), high = in_8_bits(v + 4, of_token.inverse);
+    u32 low = in_8_bits(v, 0, of_token.inverse), high = in_8_bits(v, 1, of_token.inverse);
     u32 other = __shfl_xor_sync(~0u, t & 1 ? low : high, 4);
     return t & 1 ? make_uint2(other, high) : make_uint2(low, other);
   };
@@ -212,6 +214,6 @@ __device__ __forceinline__ void set_group(RowLevels& row, const LaneLevels& mine
 }
 // V of the eight inputs of a step.
 __device__ __forceinline__ void decode_row(const LaneLevels&, const RowLevels& row, const u32* codes, int step, u32& a, u32& b) {
-  decode<WIDTH>(row, codes, codes + SECOND, step, a, b);
+  decode<WIDTH, EVENS_FIRST>(row, codes, codes + SECOND, step, a, b);
 }
 #endif

@@ -20,7 +20,8 @@
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
-// RING, EARLY        tiles whose codes a warp has on their way, and those that it asks for before x
+// TURN_TILES         neighbouring tiles that a warp takes at once: 1, or 2 of widths whose rows of a tile are no whole sectors of memory
+// RING, EARLY        turns whose codes a warp has on their way, and those that it asks for before x
 // UNROLL             turns side by side in the loop: its instructions should fit in their cache
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
 // MIN_CTAS           CTAs of one multiprocessor: 2 lets the next kernel fetch its codes while this one ends
@@ -63,8 +64,15 @@ struct Params {
 };
 
 static constexpr int WIDTHS[PASSES] = {BITS};
+__host__ __device__ constexpr bool at_most(int bits) {
+  for (int width : WIDTHS)
+    if (width > bits) return false;
+  return true;
+}
 static constexpr int LANE = TILE / 4;    // codes of one lane in one tile and row
 static constexpr int STEPS = TILE / 32;  // mma steps of one tile
+// Of each eight inputs T(x) in 8 bits has the even ones first: in this order codes of 2 and 3 bits become levels.
+static constexpr bool EVENS_FIRST = at_most(3);
 static constexpr int SUB = GROUP < TILE ? GROUP : TILE, SUBS = TILE / SUB;  // inputs of a tile with one weight scale
 static_assert(SUBS == 1 || TILE == 128, "a tile is one group, a part of one, or two or four groups");
 
@@ -116,6 +124,12 @@ __device__ __forceinline__ u32 mask_or(u32 a, u32 mask, u32 bits) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
   return d;
 }
+// (a | b) & mask, likewise.
+__device__ __forceinline__ u32 or_mask(u32 a, u32 b, u32 mask) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xA8;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+}
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Programmatic dependent launch: weights are constants, so they are fetched while the kernel before still runs.
@@ -151,12 +165,6 @@ __host__ __device__ constexpr u32 table_word() {
   constexpr u32 word = (u32)(u8)level(B, FIRST) | (u32)(u8)level(B, FIRST + 1) << 8 |
                        (u32)(u8)level(B, FIRST + 2) << 16 | (u32)(u8)level(B, FIRST + 3) << 24;
   return word;
-}
-// Bits 0..7 of b to every second, or every fourth, bit.
-__device__ __forceinline__ u32 spread_by_two(u32 b) {
-  u32 x = (b | b << 4) & 0x0F0Fu;
-  x = (x | x << 2) & 0x3333u;
-  return (x | x << 1) & 0x5555u;
 }
 // Bits 0..7 of b to bits 2, 6, ..., others are left. Products, since shifts keep the unit busy that permutes.
 __device__ __forceinline__ u32 spread_by_four(u32 b) {
@@ -242,9 +250,9 @@ __device__ __forceinline__ void lower_bytes_of_pairs(const u32* v, u32& a, u32& 
   b = permute(x, y, 0x7632);
 }
 
-// Eight consecutive codes of a row to two registers of int8 levels, 2 to 5 bits by a table. `first` and `second` are the
-// row's plane words of this tile, `step` the mma step.
-template <int B, typename Table>
+// Eight consecutive codes of a row to two registers of int8 levels, 2 to 5 bits by a table; EVENS: the even ones to the first.
+// `first` and `second` are the row's plane words of this tile, `step` the mma step.
+template <int B, bool EVENS = false, typename Table>
 __device__ __forceinline__ void decode(const Table& table, const u32* first, const u32* second, int step, u32& a, u32& b) {
   if constexpr (B == 8) {
     a = first[2 * step] ^ BIAS;
@@ -253,18 +261,23 @@ __device__ __forceinline__ void decode(const Table& table, const u32* first, con
     u32 v[4];
     levels_of_pairs<B>(first, second, step, v);
     lower_bytes_of_pairs(v, a, b);
-  } else if constexpr (B == 2 || B == 3) {
-    u32 q = first[step / 2] >> (16 * (step & 1));
-    u32 even = q & 0x3333u, odd = (q >> 2) & 0x3333u;
-    if constexpr (B == 3) {
-      u32 high = spread_by_two(second[step / 4] >> (8 * (step & 3)) & 0xFFu);
-      even |= (high & 0x1111u) << 2;
-      odd |= high & 0x4444u;
+  } else if constexpr (B == 2 || B == 3) {  // of two steps at once: the compiler does it once for both
+    u32 q = first[step / 2], even = 0, odd = 0, upper = 0;
+    if constexpr (B == 3) {  // bits i of a byte to bits 4 i / 2 + i % 2, with what falls between
+      u32 high = permute(second[step / 4], 0, step % 4 < 2 ? 0x4140 : 0x4342);
+      high = or_mask(high, high << 4, 0x0F0F0F0Fu);
+      high |= high << 2;
+      even = high << 2 & 0x44444444u, odd = high << 1 & 0x44444444u;
+      upper = table.template word<B == 3 ? 4 : 0>();
     }
-    u32 upper = B == 3 ? table.template word<B == 3 ? 4 : 0>() : 0u;
-    u32 e = permute(table.template word<0>(), upper, even), o = permute(table.template word<0>(), upper, odd);
-    a = permute(e, o, 0x5140);
-    b = permute(e, o, 0x7362);
+    even = mask_or(q, 0x33333333u, even), odd = mask_or(q >> 2, 0x33333333u, odd);
+    a = permute(table.template word<0>(), upper, even >> (step % 2 * 16));
+    b = permute(table.template word<0>(), upper, odd >> (step % 2 * 16));
+    if constexpr (!EVENS) {
+      u32 e = a, o = b;
+      a = permute(e, o, 0x5140);
+      b = permute(e, o, 0x7362);
+    }
   } else {
     u32 q = first[step];
     u32 low = q & 0x77777777u, top = mask_or(q >> 1, 0x44444444u, table.keep);
@@ -278,9 +291,9 @@ __device__ __forceinline__ void decode(const Table& table, const u32* first, con
     }
   }
 }
-template <int B>
+template <int B, bool EVENS = false>
 __device__ __forceinline__ void decode(const u32* first, const u32* second, int step, u32& a, u32& b) {
-  decode<B>(Levels<B>(), first, second, step, a, b);
+  decode<B, EVENS>(Levels<B>(), first, second, step, a, b);
 }
 
 // Levels of B bits, with the bits of FLIP inverted, as a table for `decode`: of the two words of a permute one is in a register
@@ -296,7 +309,8 @@ struct KeptLevels {
 template <int B, u32 FLIP = 0>
 __device__ __forceinline__ KeptLevels<B, FLIP> kept_levels() {
   const u32 flip = FLIP ^ threadIdx.z;  // threadIdx.z is 0
-  KeptLevels<B, FLIP> kept = {{table_word<B, 0>() ^ flip, table_word<B, 8>() ^ flip}, Levels<B>::keep ^ threadIdx.z};
+  KeptLevels<B, FLIP> kept = {{table_word<B, 0>() ^ flip}, Levels<B>::keep ^ threadIdx.z};
+  if constexpr (B >= 4) kept.first[1] = table_word<B, 8>() ^ flip;
   if constexpr (B == 5) kept.first[2] = table_word<B, 16>() ^ flip, kept.first[3] = table_word<B, 24>() ^ flip;
   return kept;
 }
@@ -326,18 +340,22 @@ __device__ __forceinline__ void decode_halves(const Halves& halves, u32 q, u32* 
 // What the decoders of a kernel keep in registers.
 struct Kept {
   Halves halves;
+  KeptLevels<3> three;
   KeptLevels<4> four;
   KeptLevels<5> five;
 };
-__device__ __forceinline__ Kept kept_tables() { return {kept_halves(), kept_levels<4>(), kept_levels<5>()}; }
+__device__ __forceinline__ Kept kept_tables() { return {kept_halves(), kept_levels<3>(), kept_levels<4>(), kept_levels<5>()}; }
+// In the order of T(x) in 8 bits.
 template <int B>
 __device__ __forceinline__ void decode(const Kept& kept, const u32* first, const u32* second, int step, u32& a, u32& b) {
-  if constexpr (B == 4)
+  if constexpr (B == 3)
+    decode<B, EVENS_FIRST>(kept.three, first, second, step, a, b);
+  else if constexpr (B == 4)
     decode<B>(kept.four, first, second, step, a, b);
   else if constexpr (B == 5)
     decode<B>(kept.five, first, second, step, a, b);
   else
-    decode<B>(first, second, step, a, b);
+    decode<B, EVENS_FIRST>(first, second, step, a, b);
 }
 
 // Byte offset within a row of the codes t LANE to (t + 1) LANE of the tile at input k.
@@ -572,6 +590,12 @@ __device__ __forceinline__ float fixed_point(float (&v)[8], int (&q)[8]) {
 __device__ __forceinline__ u32 lower_bytes(const int* n) {
   return permute(permute(n[0], n[1], 0x0040), permute(n[2], n[3], 0x0040), 0x5410);
 }
+// Which four of eight come first (i = 0) or last.
+template <typename T>
+__device__ __forceinline__ void half_of_eight(const T* eight, int i, T* four) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) four[j] = eight[EVENS_FIRST ? 2 * j + i : 4 * i + j];
+}
 static constexpr int TOKENS = 8 * NT / PLANES;  // of all column tiles of the product
 
 // One or two int8 planes and, for each tile, a scale (of each tile the token's one of TOKENS), of inputs k to k + 8.
@@ -583,7 +607,8 @@ __device__ __forceinline__ void transform(float (&v)[8], int k, int tile, u8* pl
   u32 l[2], h[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    int* n = q + 4 * i;
+    int n[4];
+    half_of_eight(q, i, n);
     l[i] = lower_bytes(n);
     h[i] = permute(permute(n[0] + 128, n[1] + 128, 0x0051), permute(n[2] + 128, n[3] + 128, 0x0051), 0x5410);
   }
@@ -748,21 +773,25 @@ __device__ __forceinline__ Params of_expert(const Params& all) {
 #endif
 
 #ifndef COLUMNS
-static_assert(TILES % SPLIT == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
+static_assert(TILES % (SPLIT * TURN_TILES) == 0 && WARPS % SHARE == 0 && WARPS / SHARE % SPLIT == 0, "shares are whole");
+static_assert(TURN_TILES == 1 || (TILE == 128 && GROUP == TILE), "two tiles have two scales side by side");
 static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  // of one CTA
 static constexpr int STRIPS = WARPS / SHARE;                                   // that a CTA works on at once
-static constexpr int TURNS = (RANK_TILES + SHARE - 1) / SHARE;                 // tiles of a strip that one warp takes
-static constexpr int PITCH = RANK_IN + 16;   // 16: two columns share no bank
-static constexpr int ACROSS = SHARE * TILE;  // inputs from one tile of a warp to its next
+static constexpr int RANK_TURNS = RANK_TILES / TURN_TILES;                     // of all warps of a strip
+static constexpr int TURNS = (RANK_TURNS + SHARE - 1) / SHARE;                 // of one warp
+static constexpr int PITCH = RANK_IN + 16;                // 16: two columns share no bank
+static constexpr int OF_TURN = TURN_TILES * TILE;         // inputs
+static constexpr int ACROSS = SHARE * OF_TURN;            // inputs from one turn of a warp to its next
 static constexpr int TURNS_OF_HALF = (TURNS + 1) / 2, HALF = TURNS > 1 ? TURNS_OF_HALF * ACROSS : RANK_IN;  // T(x) comes in two halves
 
-// A tile of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and then rows
-// g + 8 (with several groups, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
+// What a warp's turn needs of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and
+// then rows g + 8 (with several groups, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
+static constexpr bool SIDE_BY_SIDE = SUBS * TURN_TILES > 1;
 static constexpr int SCALES_PITCH = SUBS > 2 ? 2 * SUBS : 4;  // bytes
 __host__ __device__ constexpr int staged_bytes(int passes) {
   int total = 0;
   for (int i = 0; i < passes; i++)
-    total += 64 * (lane_bytes(WIDTHS[i], 0) + lane_bytes(WIDTHS[i], 1)) + 16 * SCALES_PITCH;
+    total += 64 * TURN_TILES * (lane_bytes(WIDTHS[i], 0) + lane_bytes(WIDTHS[i], 1)) + 16 * SCALES_PITCH;
   return total;
 }
 static constexpr int UNIT_BYTES = staged_bytes(PASSES), SLOT_BYTES = WARPS * UNIT_BYTES;
@@ -787,8 +816,10 @@ struct Place {
 // Place of the 16 bytes `chunk` of a row, with several groups to a tile: rows whose pieces would meet in a bank differ.
 template <int B>
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
-  constexpr int CHUNKS = TILE * B / 128;
+  constexpr int CHUNKS = OF_TURN * B / 128;
   int other = B == 4 ? (SUB == 64 ? row & 2 : row >> 1 & 3) : B == 8 ? (SUB == 64 ? (row & 1) * 4 : (row & 3) * 2) : 0;
+  if (TURN_TILES > 1) other = B == 2 ? row & 2 : B == 4 ? (row & 1) * 4 : 0;
+  if (TURN_TILES > 1 && B == 5) row = (row & ~3) + (row & 1) * 2 + (row >> 1 & 1);
   return row * CHUNKS + (chunk ^ other);
 }
 // Number of the (first) group that holds the tile of a turn.
@@ -799,7 +830,29 @@ __device__ __forceinline__ int group_of(int first, int turn) {
 // Where a strip begins for a lane: the codes of its first turn and their scales, where what the lane adds is the same for
 // all turns but for a constant (else those of the strip).
 template <int B>
-static constexpr bool LINEAR = SUBS == 1 && (plane_count(B) == 1 || GROUP == TILE);
+static constexpr bool LINEAR = SIDE_BY_SIDE || plane_count(B) == 1 || GROUP == TILE;
+// The codes of each row come in pieces of 16 bytes, whichever lanes need them: fewer copies than of each lane's own.
+template <int B>
+static constexpr bool BY_ROWS = LINEAR<B> && TILE == 128 && !SIDE_BY_SIDE;
+// Of a plane of which a lane has W bytes: the row and the byte of the first piece that a lane copies.
+template <int W>
+__device__ __forceinline__ int copied_row(const Params& p, int lane) {
+  int row = W == 4 ? lane % 16 : lane / (W / 4);
+  return SMALL ? min(row, p.out - 1) : row;
+}
+template <int W>
+__device__ __forceinline__ int copied_byte(int lane) {
+  return lane % (W / 4) * 16;
+}
+template <int W>
+__device__ __forceinline__ void stage_rows(const Params& p, u32 to, const u8* from, i64 stride, int lane) {
+  constexpr int OF_ROW = W / 4, PIECES = 16 * OF_ROW;
+#pragma unroll
+  for (int i = 0; i < PIECES; i += 32, to += 512) {
+    int down = SMALL ? min((i + lane) / OF_ROW, p.out - 1) - min(lane / OF_ROW, p.out - 1) : i / OF_ROW;
+    if (PIECES >= 32 || lane < PIECES) copy_async<16>(to + lane * 16, from + down * stride);
+  }
+}
 static constexpr bool PAIRS = SUBS == 1 && GROUPS % 2 == 0 && ACROSS % (2 * GROUP) == 0;  // of scales, at a multiple of 4 bytes
 struct Strip {
   const u8* codes[PASSES];
@@ -811,8 +864,10 @@ __device__ __forceinline__ void find_strip(const Params& p, Strip& strip, i64 ro
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
   int lane = place.lane, t = lane & 3;
   strip.codes[I] = p.packed[I] + row * STRIDE;
-  if constexpr (LINEAR<B> && lane_bytes(B, 0) == 32)  // eight lanes bring the 128 bytes of a row
-    strip.codes[I] += (SMALL ? min(lane / 8, p.out - 1) : lane / 8) * STRIDE + code_offset(B, 0, place.first, 0) + lane % 8 * 16;
+  if constexpr (SIDE_BY_SIDE)
+    strip.codes[I] += place.first / 8 * B;
+  else if constexpr (BY_ROWS<B>)
+    strip.codes[I] += copied_row<lane_bytes(B, 0)>(p, lane) * STRIDE + code_offset(B, 0, place.first, 0) + copied_byte<lane_bytes(B, 0)>(lane);
   else if constexpr (LINEAR<B>)
     strip.codes[I] += place.rows[0] * STRIDE + code_offset(B, 0, place.first, t);
   strip.scales[I] = p.scale[I] + row * GROUPS;
@@ -820,7 +875,7 @@ __device__ __forceinline__ void find_strip(const Params& p, Strip& strip, i64 ro
   if constexpr (I + 1 < PASSES) find_strip<I + 1>(p, strip, row, place);
 }
 
-// Begin to copy a warp's tile.
+// Begin to copy what a warp's turn needs.
 template <int I>
 __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip& strip, int turn, const Place& place) {
   constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1);
@@ -828,19 +883,20 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip&
   int lane = place.lane, t = lane & 3;
   const u8* codes = strip.codes[I] + (LINEAR<B> ? turn * (ACROSS / 8 * B) : 0);
   u32 at = to + staged_bytes(I);
-  if constexpr (SUBS > 1) {
-    constexpr int CHUNKS = TILE * B / 128;
+  if constexpr (SIDE_BY_SIDE) {
+    constexpr int CHUNKS = OF_TURN * B / 128;
 #pragma unroll
     for (int i = 0; i < 16 * CHUNKS; i += 32) {
       int row = (i + lane) / CHUNKS, chunk = (i + lane) % CHUNKS;
-      u32 from = (SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + (place.first + turn * ACROSS) / 8 * B + chunk * 16;
+      u32 from = (SMALL ? min(row, p.out - 1) : row) * (u32)STRIDE + chunk * 16;
       if (16 * CHUNKS % 32 == 0 || row < 16) copy_async<16>(at + chunk_place<B>(row, chunk) * 16, codes + from);
     }
-  } else if constexpr (W0 == 32) {  // two copies of a lane's own would ask for 32 bytes of memory twice
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int down = SMALL ? min(4 * i + lane / 8, p.out - 1) - min(lane / 8, p.out - 1) : 4 * i;
-      copy_async<16>(at + i * 512 + lane * 16, codes + down * STRIDE);
+  } else if constexpr (BY_ROWS<B>) {
+    stage_rows<W0>(p, at, codes, STRIDE, lane);
+    if constexpr (W1 > 0) {
+      i64 second = (copied_row<W1>(p, lane) - copied_row<W0>(p, lane)) * STRIDE + code_offset(B, 1, place.first, 0) -
+                   code_offset(B, 0, place.first, 0) + copied_byte<W1>(lane) - copied_byte<W0>(lane);
+      stage_rows<W1>(p, at + 64 * W0, codes + second, STRIDE, lane);
     }
   } else if constexpr (LINEAR<B>) {
     int second = code_offset(B, 1, place.first, t) - code_offset(B, 0, place.first, t);
@@ -859,7 +915,7 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip&
         stage_codes<W1>(at + 64 * W0 + h * 32 * W1, codes + (from + code_offset(B, 1, place.first + turn * ACROSS, t)), lane);
     }
   }
-  at += 64 * (W0 + W1) + SCALES_PITCH * (8 * (t & 1) + (lane >> 2));
+  at += 64 * TURN_TILES * (W0 + W1) + SCALES_PITCH * (8 * (t & 1) + (lane >> 2));
   u32 number = (t & 1 ? place.rows[1] : place.rows[0]) * GROUPS + group_of(place.first, turn);
   const u16* scales = strip.scales[I];
   if constexpr (SUBS > 1) {
@@ -875,13 +931,13 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip&
   }
   if constexpr (I + 1 < PASSES) stage_turn<I + 1>(p, to, strip, turn, place);
 }
-// Lane t's codes of a row, of one plane and all groups of the tile.
+// Lane t's codes of a row, of one plane and all groups of the turn's j-th tile.
 template <int B, int PLANE>
-__device__ __forceinline__ void read_pieces(u32* words, const u8* rows, int row, int t) {
+__device__ __forceinline__ void read_pieces(u32* words, const u8* rows, int row, int t, int j) {
   constexpr int BYTES = lane_bytes(B, PLANE) / SUBS, BEFORE = PLANE ? SUB / 8 * plane_width(B, 0) : 0;
 #pragma unroll
   for (int s = 0; s < SUBS; s++) {
-    int at = s * (SUB / 8) * B + BEFORE + t * BYTES;
+    int at = (j * SUBS + s) * (SUB / 8) * B + BEFORE + t * BYTES;
     const u8* from = rows + chunk_place<B>(row, at / 16) * 16 + at % 16;
     if constexpr (BYTES >= 4) {
       read_words<BYTES>(words + s * (BYTES / 4), from);
@@ -892,32 +948,36 @@ __device__ __forceinline__ void read_pieces(u32* words, const u8* rows, int row,
     }
   }
 }
-// What stage_turn has brought.
+// What stage_turn has brought of the turn's j-th tile.
 template <int I>
-__device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit& unit, int row, int turn,
+__device__ __forceinline__ void read_turn(const Params& p, const u8* from, Unit& unit, int row, int turn, int j,
                                           const Place& place) {
   constexpr int B = WIDTHS[I], W0 = lane_bytes(B, 0), W1 = lane_bytes(B, 1), FIRST = words_before(I);
   const u8* mine = from + staged_bytes(I);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    if constexpr (SUBS > 1) {
+    if constexpr (SIDE_BY_SIDE) {
       int row = (place.lane >> 2) + 8 * h, t = place.lane & 3;
-      read_pieces<B, 0>(unit.codes[h] + FIRST, mine, row, t);
-      if constexpr (W1 > 0) read_pieces<B, 1>(unit.codes[h] + FIRST + words_of(B, 0), mine, row, t);
+      read_pieces<B, 0>(unit.codes[h] + FIRST, mine, row, t, j);
+      if constexpr (W1 > 0) read_pieces<B, 1>(unit.codes[h] + FIRST + words_of(B, 0), mine, row, t, j);
+    } else {
+      read_words<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0 + place.lane * W0);
+      if constexpr (W1 > 0) read_words<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1 + place.lane * W1);
+    }
+    const u8* scales = mine + 64 * TURN_TILES * (W0 + W1) + 8 * SCALES_PITCH * h + SCALES_PITCH * (place.lane >> 2);
+    if constexpr (SUBS > 1) {
 #pragma unroll
       for (int s = 0; s < SUBS; s += 2) {
-        u32 both = *(const u32*)(mine + 64 * (W0 + W1) + SCALES_PITCH * row + 2 * s);
+        u32 both = *(const u32*)(scales + 2 * s);
         unit.scales[h][I][s] = (u16)both, unit.scales[h][I][SUBS > 1 ? s + 1 : 0] = (u16)(both >> 16);
       }
-      continue;
+    } else {
+      int number = TURN_TILES > 1 ? j : group_of(place.first, turn);
+      if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (row + place.rows[h]) * GROUPS;
+      unit.scales[h][I][0] = *(const u16*)(scales + 2 * (number & 1));
     }
-    read_words<W0>(unit.codes[h] + FIRST, mine + h * 32 * W0 + place.lane * W0);
-    if constexpr (W1 > 0) read_words<W1>(unit.codes[h] + FIRST + words_of(B, 0), mine + 64 * W0 + h * 32 * W1 + place.lane * W1);
-    int number = group_of(place.first, turn);
-    if (GROUPS % 2) number += (int)((i64)p.scale[I] >> 1) + (row + place.rows[h]) * GROUPS;
-    unit.scales[h][I][0] = *(const u16*)(mine + 64 * (W0 + W1) + 32 * h + 4 * (place.lane >> 2) + 2 * (number & 1));
   }
-  if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, turn, place);
+  if constexpr (I + 1 < PASSES) read_turn<I + 1>(p, from, unit, row, turn, j, place);
 }
 
 // T(x) of a CTA's inputs in shared memory.
@@ -934,7 +994,7 @@ static constexpr bool ALONE = STRIPS == 1;  // no other warp reads what a warp t
 struct Transformer {
   static constexpr int LANES = BLOCK / 8, AT_ONCE = 32 / LANES;
   static constexpr int OF_ALL = ALONE ? AT_ONCE : AT_ONCE * WARPS;  // tiles, of a warp or of all, in a round
-  static constexpr int ROUNDS = ((ALONE ? TURNS : RANK_TILES) + OF_ALL - 1) / OF_ALL;
+  static constexpr int ROUNDS = ((ALONE ? TURNS * TURN_TILES : RANK_TILES) + OF_ALL - 1) / OF_ALL;
   static constexpr int MOST = X_TYPE == 0 ? 4 : 7;  // rounds whose inputs are on their way
   static constexpr int DEPTH = ROUNDS < MOST ? ROUNDS : MOST;
 
@@ -945,7 +1005,8 @@ struct Transformer {
   Raw raw[DEPTH];
 
   __device__ __forceinline__ int tile(int round) const {
-    int item = round * OF_ALL + (ALONE ? 0 : warp * AT_ONCE) + lane / LANES, tile = ALONE ? warp + item * SHARE : item;
+    int item = round * OF_ALL + (ALONE ? 0 : warp * AT_ONCE) + lane / LANES;
+    int tile = ALONE ? (warp + item / TURN_TILES * SHARE) * TURN_TILES + item % TURN_TILES : item;
     return tile < RANK_TILES ? rank * RANK_TILES + tile : TILES;
   }
   // The first of a lane's eight inputs, of whose block only the tile is stored.
@@ -1029,7 +1090,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   inputs.scales = (float*)(inputs.planes + PLANES * p.tokens * PITCH);
   int strips = (p.out + 15) / 16, sets = (strips + STRIPS - 1) / STRIPS;
   auto first_row = [&](int strip) { return SMALL ? 0 : min(strip * 16, p.out - 16); };
-  auto has = [&](int turn) { return RANK_TILES % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TILES; };
+  auto has = [&](int turn) { return RANK_TURNS % SHARE == 0 || turn + 1 < TURNS || share + turn * SHARE < RANK_TURNS; };
   u32 arrived = shared_address(shared + RING * SLOT_BYTES);
 #if !FUSED && __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -1046,7 +1107,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
   Transformer transformer(p, inputs, rank, warp, lane);
 #endif
 
-  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * TILE};
+  Place place{lane, {SMALL ? min(g, p.out - 1) : g, SMALL ? min(g + 8, p.out - 1) : g + 8}, rank * RANK_IN + share * OF_TURN};
   const u8* ring = shared + warp * UNIT_BYTES;
   int next_set = cluster, next_turn = 0;  // to be fetched
   Strip next_strip;
@@ -1089,11 +1150,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
 
   // Columns beyond the last token repeat it: their sums are never stored.
   const u8* column[NT];
-  const float* x_scales = inputs.scales + share * TOKENS + t * OF_LANE;
+  const float* x_scales = inputs.scales + share * TURN_TILES * TOKENS + t * OF_LANE;
   auto token_of = [&](int n, int i) { return (4 * n + t) * OF_LANE + i; };
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * (SUB / 4) + share * TILE;
+    column[n] = inputs.planes + min(8 * n + g, PLANES * p.tokens - 1) * PITCH + t * (SUB / 4) + share * OF_TURN;
   }
   // The sums of one set in a CTA: of each strip that it adds up, one after the other, from each warp of the cluster.
   constexpr int PARTS = SPLIT * SHARE;
@@ -1118,28 +1179,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) tqw_decode(co
     int row = first_row(set * STRIPS + lot);
 #pragma unroll UNROLL
     for (int turn = 0; turn < TURNS; turn++) {
-      Unit unit;
+      Unit units[TURN_TILES];
       asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
       __syncwarp();
-      if (has(turn)) read_turn<0>(p, ring + slot * SLOT_BYTES, unit, row, turn, place);
+      if (has(turn)) {
+#pragma unroll
+        for (int j = 0; j < TURN_TILES; j++) read_turn<0>(p, ring + slot * SLOT_BYTES, units[j], row, turn, j, place);
+      }
       __syncwarp();
       fetch_next(slot);
       slot = slot + 1 == RING ? 0 : slot + 1;
 #if !FUSED && __CUDA_ARCH__ >= 900
       if (set == cluster && turn % TURNS_OF_HALF == 0) wait_for_half(turn / TURNS_OF_HALF);
 #elif FUSED
-      if (ALONE && set == cluster && turn % Transformer::AT_ONCE == 0) transformer.next();
+      if (ALONE && set == cluster && turn * TURN_TILES % Transformer::AT_ONCE == 0) transformer.next();
 #endif
-      if (has(turn)) {
+#pragma unroll
+      for (int j = 0; j < TURN_TILES && has(turn); j++) {
         const u8* at[NT];
         float x_scale[NT][OF_LANE];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-          at[n] = column[n] + turn * ACROSS;
+          at[n] = column[n] + turn * ACROSS + j * TILE;
 #pragma unroll
-          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[turn * (SHARE * TOKENS) + 4 * OF_LANE * n + i];
+          for (int i = 0; i < OF_LANE; i++) x_scale[n][i] = x_scales[(turn * SHARE * TURN_TILES + j) * TOKENS + 4 * OF_LANE * n + i];
         }
-        multiply_pass<0>(kept, unit, at, x_scale, total);
+        multiply_pass<0>(kept, units[j], at, x_scale, total);
       }
     }
     u32 to = sums_at + (buffer * p.batch + pending) * (WARPS * 4) * outputs;

@@ -148,7 +148,7 @@ __device__ __forceinline__ void spread_tokens(const Params& p, int ctas) {
       int k = from + chunk_of_sums(0), place = place_of_sums ^ token % 8 * 16;
 #pragma unroll
       for (int c = 0; c < 4; c++) {  // 128 inputs further if odd, 64 in the upper half
-        uint2 eight = make_uint2(in_8_bits(x.v[c], of_token.inverse), in_8_bits(x.v[c] + 4, of_token.inverse));
+        uint2 eight = make_uint2(in_8_bits(x.v[c], 0, of_token.inverse), in_8_bits(x.v[c], 1, of_token.inverse));
         if (k + c % 2 * 128 < IN_PADDED) *(uint2*)(column + (k / TILE + c % 2) * STAGE_BYTES + (place ^ c / 2 * 32)) = eight;
       }
     };
