@@ -279,7 +279,9 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     brief = base.bits == (4,) and not lasts and (split == 2 or not wide or _busy(each) < 0.83)
     turn_tiles = 2 if _in_pairs(base, tokens, split) and not brief else 1
     turns = tiles // split // turn_tiles
-    if (plain and halved) or (turn_tiles == 2 and turns * split > 20 and base.bits != (2,)):
+    if plain and halved:
+        warps, share = 16, 8
+    elif turn_tiles == 2 and turns * split > 20 and base.bits != (2,):
         warps, share = 16, 16 // split  # four for each scheduler: better than shares that come out even
     else:
         warps, share = _shares(turns, split, each)

@@ -9,7 +9,7 @@
 //
 // Layout. The stored row-major bytes are read as they are. A tile is TILE inputs, a weight scale for SUB of them; lane t
 // of a quad covers their codes [t SUB/4, (t+1) SUB/4), eight for each mma step, so the k order of the mma is a
-// permutation of the inputs that is the identity within a lane: the int8 planes of x need no reordering.
+// permutation of the inputs that is the identity within a lane, but for the order of eight (EVENS_FIRST).
 //
 // BITS       widths of the passes, e.g. 4,4          PASSES    how many
 // TILE       32 | 64 | 128                           BLOCK     rotation block 32 | 64 | 128
@@ -20,7 +20,7 @@
 // IN_PADDED, GROUP   padded number of inputs, inputs of one weight scale
 // CLUSTER, SPLIT     CTAs of a cluster: 1, 2, 4; as many, which share the inputs, or 1: all have all (1, 1 before sm_90)
 // WARPS, SHARE       warps of a CTA, and those of them that share a strip's tiles: one takes share, share + SHARE, ...
-// TURN_TILES         neighbouring tiles that a warp takes at once: 1, or 2 of widths whose rows of a tile are no whole sectors of memory
+// TURN_TILES         tiles side by side that a warp takes at once: 1 or 2
 // RING, EARLY        turns whose codes a warp has on their way, and those that it asks for before x
 // UNROLL             turns side by side in the loop: its instructions should fit in their cache
 // HALVES             1: 4-bit codes as a sum of two products (fewer instructions for few tokens)
@@ -263,7 +263,7 @@ __device__ __forceinline__ void decode(const Table& table, const u32* first, con
     lower_bytes_of_pairs(v, a, b);
   } else if constexpr (B == 2 || B == 3) {  // of two steps at once: the compiler does it once for both
     u32 q = first[step / 2], even = 0, odd = 0, upper = 0;
-    if constexpr (B == 3) {  // bits i of a byte to bits 4 i / 2 + i % 2, with what falls between
+    if constexpr (B == 3) {  // bits 0, 1, 2, 3, ... to bits 0, 1, 4, 5, ..., with others between
       u32 high = permute(second[step / 4], 0, step % 4 < 2 ? 0x4140 : 0x4342);
       high = or_mask(high, high << 4, 0x0F0F0F0Fu);
       high |= high << 2;
@@ -779,13 +779,12 @@ static constexpr int RANK_TILES = TILES / SPLIT, RANK_IN = IN_PADDED / SPLIT;  /
 static constexpr int STRIPS = WARPS / SHARE;                                   // that a CTA works on at once
 static constexpr int RANK_TURNS = RANK_TILES / TURN_TILES;                     // of all warps of a strip
 static constexpr int TURNS = (RANK_TURNS + SHARE - 1) / SHARE;                 // of one warp
-static constexpr int PITCH = RANK_IN + 16;                // 16: two columns share no bank
-static constexpr int OF_TURN = TURN_TILES * TILE;         // inputs
-static constexpr int ACROSS = SHARE * OF_TURN;            // inputs from one turn of a warp to its next
+static constexpr int PITCH = RANK_IN + 16;                                     // 16: two columns share no bank
+static constexpr int OF_TURN = TURN_TILES * TILE, ACROSS = SHARE * OF_TURN;    // inputs, and those to a warp's next turn
 static constexpr int TURNS_OF_HALF = (TURNS + 1) / 2, HALF = TURNS > 1 ? TURNS_OF_HALF * ACROSS : RANK_IN;  // T(x) comes in two halves
 
-// What a warp's turn needs of a strip on its way, in shared memory: for each pass and plane the codes of the lanes, rows g and
-// then rows g + 8 (with several groups, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
+// What a warp's turn needs of a strip, in shared memory: for each pass and plane the codes of the lanes, rows g and then
+// rows g + 8 (of several groups or tiles, whose planes lie apart, the bytes of a row side by side), and for each row its scales.
 static constexpr bool SIDE_BY_SIDE = SUBS * TURN_TILES > 1;
 static constexpr int SCALES_PITCH = SUBS > 2 ? 2 * SUBS : 4;  // bytes
 __host__ __device__ constexpr int staged_bytes(int passes) {
@@ -813,7 +812,7 @@ __device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
 struct Place {
   int lane, rows[2], first;
 };
-// Place of the 16 bytes `chunk` of a row, with several groups to a tile: rows whose pieces would meet in a bank differ.
+// Place of the 16 bytes `chunk` of a row that lies side by side: rows whose pieces would meet in a bank differ.
 template <int B>
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
   constexpr int CHUNKS = OF_TURN * B / 128;
