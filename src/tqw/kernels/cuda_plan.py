@@ -241,84 +241,103 @@ def _turns(tiles: int, each: float, warps: int, share: int) -> float:
     return -(-each * share // warps) * (-(-tiles // share) * warps / 16 + 0.4)
 
 
-def _busy(each: float) -> float:
-    """How much of the time the average multiprocessor works, where the busiest takes `each` strips, rounded up."""
-    return each / math.ceil(each)
+class _Sizes(NamedTuple):
+    """What a layer is to a GPU."""
+
+    each: float  # strips of 16 outputs for each multiprocessor
+    many: bool  # more than six
+    wide: bool  # more than 64 tiles of inputs
+
+    @property
+    def busy(self) -> float:
+        """How much of the time the average multiprocessor works, where the busiest takes `each` strips, rounded up."""
+        return self.each / math.ceil(self.each)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether one token takes so long that more codes on their way, which delay x, are worth it."""
+        return self.each > (2.2 if self.wide else 3)
 
 
-def _sizes(base: Variant, out: int, device: Device) -> tuple[bool, bool]:
-    """Whether outputs are many, more than six strips of 16 for each multiprocessor, and inputs more than 64 tiles."""
-    return -(-out // 16) > 6 * device.multiprocessors, base.padded_in > 64 * base.tile
-
-
-def _in_pairs(base: Variant, tokens: int, split: int) -> bool:
-    """Whether a warp should take two tiles at once: they lie side by side, so that rows come in longer pieces (of 3
-    and 5 bits those of one tile are no whole sectors of memory), and a turn takes some time of its own."""
-    if base.tile != 128 or base.group != 128 or base.experts or base.padded_in // 128 // split % 2:
-        return False
-    return tokens == 1 or base.bits in ((2,), (3,))
+def _sizes(base: Variant, out: int, device: Device) -> _Sizes:
+    strips = -(-out // 16)
+    return _Sizes(strips / device.multiprocessors, strips > 6 * device.multiprocessors, base.padded_in > 64 * base.tile)
 
 
 def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
     """The variant of the decode kernel for a few tokens. Measured on one H100 (benchmarks/gpu_settings.py)."""
-    tiles, strips = base.padded_in // base.tile, -(-out // 16)
-    many, wide = _sizes(base, out, device)
-    clustered = device.clusters and strips >= 8
+    tiles, sizes = base.padded_in // base.tile, _sizes(base, out, device)
+    clustered = device.clusters and out > 7 * 16
     planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
-    each = strips / device.multiprocessors
     # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
     fused = base.experts or (tokens == 1 and tiles <= 224)
-    plain = fused and not base.experts
     # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
     whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
-    halved = tiles > 120 and each < 3 if plain else wide and not whole
-    split = 2 if halved and clustered and tiles % 2 == 0 else 1
+    halved = tiles > 120 and sizes.each < 3 if fused and not base.experts else sizes.wide and not whole
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
-    lasts = each > (2.2 if wide else 3)  # so long that more codes on their way, which delay x, are worth it
-    # of 4 bits one tile at a time is as fast where turns are few, and where the last strips leave many idle
-    brief = base.bits == (4,) and not lasts and (split == 2 or not wide or _busy(each) < 0.83)
-    turn_tiles = 2 if _in_pairs(base, tokens, split) and not brief else 1
-    turns = tiles // split // turn_tiles
-    if plain and halved:
-        warps, share = 16, 8
-    elif turn_tiles == 2 and turns * split > 20 and base.bits != (2,):
-        warps, share = 16, 16 // split  # four for each scheduler: better than shares that come out even
-    else:
-        warps, share = _shares(turns, split, each)
-    if many and split == 1 and tokens > 8 and tiles > 20:
-        warps, share = min((warps, share), _shares(turns, 2), key=lambda shares: _turns(turns, each, *shares))
-    if turn_tiles == 2:
-        ring = 3 if tokens == 1 and lasts and sum(base.bits) <= 4 else 2
-        early = 2 if tokens > 1 or lasts else 1
-    elif 1 < tokens <= 8 and sum(base.bits) > 4 and base.bits != (8,):
-        ring, early = 2, 2  # decoding takes longer than fetching
-    elif tokens > 8:
-        ring, early = 3 if many else 2, 1 if split == 2 and each < 3 else 2
-    elif many:
-        ring, early = 5, 3
-    elif not fused:
-        ring, early = (4, 2) if wide else (3, 2)
-    elif base.experts or not wide:
-        ring, early = (2, 2) if wide else (4, 1)
-    else:  # codes on their way delay x: the less, the more multiprocessors the last strips leave idle
-        thin = _busy(each) < 0.83
-        ring, early = (5, 3) if thin else (4 if split == 2 else 3, 1)
-    return replace(
+    variant = replace(
         base,
         planes=planes,
         column_tiles=next(n for n in (1, 2, 4) if 8 * n >= tokens * planes),
         fused=fused,
         cluster=2 if multicast else 1,
-        split=split,
-        warps=warps,
-        share=share,
-        turn_tiles=turn_tiles,
-        ring=ring,
-        early=early,
+        split=2 if halved and clustered and tiles % 2 == 0 else 1,
         unroll=2,
         halves=tokens * planes <= 16,
         small=out < 16,
     )
+    variant = replace(variant, turn_tiles=_turn_tiles(variant, tokens, sizes))
+    warps, share = _layout(variant, tokens, sizes, halved)
+    ring, early = _ring(variant, tokens, sizes)
+    return replace(variant, warps=warps, share=share, ring=ring, early=early)
+
+
+def _turn_tiles(variant: Variant, tokens: int, sizes: _Sizes) -> int:
+    """How many tiles a warp should take at once: two lie side by side, so that rows come in longer pieces (of 3 and 5
+    bits those of one tile are no whole sectors of memory), and a turn takes some time of its own."""
+    bits = variant.bits
+    odd = variant.padded_in // variant.tile // variant.split % 2
+    if odd or variant.tile != 128 or variant.group != 128 or variant.experts:
+        return 1
+    if tokens > 1:
+        return 2 if bits in ((2,), (3,)) else 1
+    # of 4 bits one is as good where turns are few, and where the last strips leave many multiprocessors idle
+    few = not sizes.lasts and (variant.split == 2 or not sizes.wide or sizes.busy < 0.83)
+    return 1 if bits == (4,) and few else 2
+
+
+def _layout(variant: Variant, tokens: int, sizes: _Sizes, halved: bool) -> tuple[int, int]:
+    """Warps of a CTA, and how many of them share a strip."""
+    tiles, split = variant.padded_in // variant.tile, variant.split
+    turns = tiles // split // variant.turn_tiles
+    if halved and variant.fused and not variant.experts:
+        return 16, 8
+    if variant.turn_tiles == 2 and turns * split > 20 and variant.bits != (2,):
+        shares = 16, 16 // split  # four for each scheduler: better than shares that come out even
+    else:
+        shares = _shares(turns, split, sizes.each)
+    if sizes.many and split == 1 and tokens > 8 and tiles > 20:
+        return min(shares, _shares(turns, 2), key=lambda shares: _turns(turns, sizes.each, *shares))
+    return shares
+
+
+def _ring(variant: Variant, tokens: int, sizes: _Sizes) -> tuple[int, int]:
+    """Turns whose codes are on their way, and those that are asked for before x."""
+    bits, wide, split = sum(variant.bits), sizes.wide, variant.split
+    if variant.turn_tiles == 2:
+        return 3 if tokens == 1 and sizes.lasts and bits <= 4 else 2, 2 if tokens > 1 or sizes.lasts else 1
+    if 1 < tokens <= 8 and bits > 4 and variant.bits != (8,):
+        return 2, 2  # decoding takes longer than fetching
+    if tokens > 8:
+        return 3 if sizes.many else 2, 1 if split == 2 and sizes.each < 3 else 2
+    if sizes.many:
+        return 5, 3
+    if not variant.fused:
+        return (4, 2) if wide else (3, 2)
+    if variant.experts or not wide:
+        return (2, 2) if wide else (4, 1)
+    # codes on their way delay x: the less, the more multiprocessors the last strips leave idle
+    return (5, 3) if sizes.busy < 0.83 else (4 if split == 2 else 3, 1)
 
 
 def decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> Plan | None:
@@ -461,8 +480,7 @@ def _together(base: Variant, columns: int, warpgroups: int, device: Device) -> i
 def _fine_of(base: Variant, tokens: int, out: int, device: Device, division: Division) -> Variant:
     """Operands of 16 bits: more stages where CTAs are few."""
     columns, warpgroups, split, _ = division
-    _, wide = _sizes(base, out, device)
-    if wide and tokens <= 128:
+    if _sizes(base, out, device).wide and tokens <= 128:
         base = replace(base, spread=8)
     # two CTAs on a multiprocessor hide each other's waits where their registers fit
     pair = columns == 128 and warpgroups == 2 and split == 1 and sum(base.bits) <= 4
@@ -638,10 +656,9 @@ def expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int
 
 def decode_tokens(base: Variant, out: int, device: Device) -> int:
     """Up to how many tokens the decode kernel is faster than the middle one."""
-    _, wide = _sizes(base, out, device)
-    each = -(-out // 16) / device.multiprocessors
-    even = each > 1 and _busy(each) >= 0.9
-    return _WIDE_TOKENS if wide and not even and takes_8_bits(base, device) else _DECODE_TOKENS
+    sizes = _sizes(base, out, device)
+    even = sizes.each > 1 and sizes.busy >= 0.9
+    return _WIDE_TOKENS if sizes.wide and not even and takes_8_bits(base, device) else _DECODE_TOKENS
 
 
 @lru_cache(maxsize=4096)
