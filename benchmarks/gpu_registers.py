@@ -78,7 +78,8 @@ def main() -> None:
         decode = {
             name: cuda_plan.decode_variant(base, tokens, 4096, device) for name, (base, tokens) in LINEARS.items()
         }
-        variants = decode | (HOPPER if arch == "sm_90a" else {})
+        dense = {f"dense rows, {n} bits": replace(BASE, bits=(n,), dense=True) for n in (3, 4, 6)}
+        variants = decode | dense | (HOPPER if arch == "sm_90a" else {})
         for name, variant in variants.items():
             rows += rows_of(name, variant, arch)
     for row in rows:

@@ -1,5 +1,5 @@
 // y[t] = sum_k weights[t, k] pairs[t, k] over the experts that exist, summed in float32 in the order of k: the end of a
-// mixture of experts, in one pass over the pairs. A module of its own, without linear.cu.
+// mixture of experts, in one pass over the pairs. A module of its own, without common.cu.
 //
 // Y_TYPE, W_TYPE    of pairs and y, of the weights: 0 float32, 1 float16, 2 bfloat16
 // COUNT             outputs of a thread: 1, or 16 bytes of them, of rows that are whole pieces at multiples of 16

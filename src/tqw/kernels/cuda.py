@@ -1,6 +1,6 @@
-"""CUDA backend: linear.cu and what is appended to it, compiled at run time (cuda_launch.py).
+"""CUDA backend: the kernels of the .cu files beside this one, compiled at run time (cuda_launch.py).
 
-Few tokens: one launch or two that transform x, decode and multiply (see the head of linear.cu). Dozens and more, on
+Few tokens: one launch or two that transform x, decode and multiply (decode.cu). Dozens and more, on
 Hopper: the tensor cores' larger products (middle.cu). Where V must not be rounded to 8 bits, hundreds and more: y = x
 dense^T by slices of rows, dense from one kernel, the product from cuBLAS; never more than one slice in memory.
 T(x) is rounded to fixed point with one scale per token and tile of at most 128 inputs, to 16 bits or, for 5 tokens and
@@ -45,7 +45,7 @@ _KEPT_CALLS = 64  # numbers of tokens that a weight remembers: to look a plan up
 
 
 class _Params(ctypes.Structure):
-    """`struct Params` of linear.cu."""
+    """`struct Params` of common.cu."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),

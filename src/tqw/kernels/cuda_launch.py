@@ -39,7 +39,7 @@ def compile_source(source: str, arch: str) -> bytes:
 def compile_with_log(source: str, arch: str) -> tuple[bytes, str]:
     """`compile_source`, and what the compiler says about registers and spills."""
     nvrtc = import_module("cuda.bindings.nvrtc")
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], []), "nvrtcCreateProgram")
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"tqw.cu", 0, [], []), "nvrtcCreateProgram")
     try:
         options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device", b"--ptxas-options=-v"]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

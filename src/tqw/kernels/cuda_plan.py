@@ -1,6 +1,5 @@
-"""How a call's work is divided on a GPU: for each kernel of linear.cu and what is appended to it the macros that it is
-compiled with, and its launches. Every choice here was measured on one H100; none changes what is computed but for which
-operands have 8 bits."""
+"""How a call's work is divided on a GPU: for each kernel the files and macros that it is compiled from, its launches.
+Every choice here was measured on one H100; none changes what is computed but for which operands have 8 bits."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 
 @dataclass(frozen=True)
 class Variant:
-    """The macros of linear.cu: one compiled module for each value."""
+    """The macros of a module (see the heads of common.cu and decode.cu): one is compiled for each value."""
 
     bits: tuple[int, ...]
     padded_in: int
@@ -68,6 +67,7 @@ class Variant:
     coarse: bool = False
     apart: bool = False
     prompt: bool = False
+    dense: bool = False  # the module of dense.cu
 
     def source(self) -> str:
         macros = {
@@ -85,7 +85,7 @@ class Variant:
         for bits, coefficients in POLYNOMIALS.items():
             words = struct.unpack(f"<{len(coefficients)}H", struct.pack(f"<{len(coefficients)}e", *coefficients))
             macros[f"POLYNOMIAL_{bits}"] = ",".join(map(str, words))
-        files = ["linear.cu"]
+        files = ["common.cu", "codes.cu", "inputs.cu"]
         if self.columns:
             macros |= {
                 "COLUMNS": self.columns, "WARPGROUPS": self.warpgroups, "STAGES": self.stages, "SPREAD": self.spread,
@@ -95,6 +95,8 @@ class Variant:
             }  # fmt: skip
             files += ["wgmma.cu", *["route.cu"] * self.experts, "int8.cu" if self.coarse else "fp16.cu"]
             files += ["prompt.cu" if self.prompt else "middle.cu"]
+        else:
+            files += ["dense.cu" if self.dense else "decode.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
@@ -676,7 +678,7 @@ def linear_plan(base: Variant, tokens: int, out: int, device: Device) -> Plan | 
 def dequantize_launch(variant: Variant, rows: int, device: Device) -> Launch:
     across = -(-variant.padded_in // variant.block // 4)
     down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
-    return Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
+    return Launch(_function(replace(variant, dense=True), "tqw_dequantize", device), (across, down), 128, 0, device)
 
 
 @lru_cache(maxsize=4096)

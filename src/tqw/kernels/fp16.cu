@@ -1,4 +1,4 @@
-// T(x) and V in fp16, for the product of middle.cu: appended to linear.cu and wgmma.cu.
+// T(x) and V in fp16, for the product of middle.cu. After wgmma.cu.
 //
 // T(x) is fp16 over one power of two for each token; V is rounded to fp16: levels are exact, the product with
 // weight_scale rounds once for each pass; wgmma sums in float32.

@@ -1,4 +1,4 @@
-// T(x) and V in 8 bits, for the products of middle.cu and prompt.cu: appended to linear.cu and wgmma.cu.
+// T(x) and V in 8 bits, for the products of middle.cu and prompt.cu. After wgmma.cu.
 //
 // The inputs are divided into SPREAD parts. T(x) is int8 with one scale for each token and part, V with one for each row
 // and part, the largest of its weight scales (row_scale): a table for each row and group, made on the way, has level *

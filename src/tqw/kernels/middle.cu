@@ -1,5 +1,4 @@
-// y = T(x) V^T + b for dozens of tokens and more, on sm_90: appended to linear.cu, wgmma.cu and fp16.cu or, COARSE,
-// int8.cu, whose macros, decoders and instructions it uses.
+// y = T(x) V^T + b for dozens of tokens and more, on sm_90. After fp16.cu or, COARSE, int8.cu.
 //
 // Decoded weights are the A operand, straight from registers; T(x) is the B operand in shared memory, where each stage is one
 // bulk copy: tqw_spread writes it in that order.

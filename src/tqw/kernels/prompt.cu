@@ -1,5 +1,4 @@
-// y = T(x) V^T + b for prompts, on sm_90: appended to linear.cu, wgmma.cu and int8.cu, whose arithmetic it has with one
-// part of the inputs.
+// y = T(x) V^T + b for prompts, on sm_90. After int8.cu, whose arithmetic it has with one part of the inputs.
 //
 // V is decoded once for all tokens, into memory that mostly stays in the L2 cache (middle.cu decodes it again for each
 // 256 tokens, and what that takes of the card's power its products lack), by warps of the kernel that multiplies.

@@ -1,5 +1,5 @@
-// The order of (token, expert) pairs for products of many pairs of an expert (middle.cu): appended to linear.cu. Nothing on
-// the host depends on the ids.
+// The order of (token, expert) pairs for products of many pairs of an expert (middle.cu). Nothing on the host depends on the
+// ids. After wgmma.cu.
 
 // Brings the pairs of each expert together, in their order, in whole blocks of COLUMNS. One cluster: each warp counts the
 // experts of its share of the pairs, then places it behind the shares of the warps before it.

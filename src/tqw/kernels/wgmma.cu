@@ -1,5 +1,5 @@
-// Hopper's product of a warpgroup, for middle.cu: appended to linear.cu. A from registers, B in shared memory, K-major in
-// rows of 128 bytes.
+// Hopper's product of a warpgroup, for middle.cu and prompt.cu. A from registers, B in shared memory, K-major in rows of
+// 128 bytes. After codes.cu and inputs.cu.
 //
 // COARSE                1: int8 with int32 sums, else fp16 with float32 sums
 // WGMMA, WGMMA_SUMS     the instruction and its accumulator operands
