@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -453,11 +454,12 @@ def test_polynomials_round_to_the_levels(bits):
     assert torch.equal((1536 + u * g).half().double() - 1536, expected)
 
 
-def check_compiles(variant: cuda_plan.Variant, kernels: int, arch: str = "sm_90a") -> None:
-    """A module of so many kernels, without spills; the compiler says so where it has to serialise wgmma."""
+def check_compiles(variant: cuda_plan.Variant, *kernels: str, arch: str = "sm_90a") -> None:
+    """A module of these kernels, without spills; the compiler says so where it has to serialise wgmma."""
     cubin, log = cuda_launch.compile_with_log(variant.source(), arch)
     assert cubin[:4] == b"\x7fELF"
-    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores") == kernels, log
+    assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == log.count("spill stores"), log
+    assert sorted(re.findall(r"entry function 'tqw_(\w+)'", log)) == sorted(kernels)
     assert "wgmma" not in log, log
 
 
@@ -466,9 +468,9 @@ def test_compiles_without_a_gpu(arch):
     variant = cuda_plan.Variant(
         (3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4, share=4
     )
-    check_compiles(variant, 2, arch)
+    check_compiles(variant, "transform", "decode", arch=arch)
     for bits in ((3, 4), (4,), (6,)):
-        check_compiles(replace(variant, bits=bits, dense=True), 1, arch)
+        check_compiles(replace(variant, bits=bits, dense=True), "dequantize", arch=arch)
 
 
 @pytest.mark.parametrize(("arch", "clusters"), [("sm_80", False), ("sm_90a", True), ("sm_120", True)])
@@ -484,7 +486,7 @@ def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens
     base = cuda_plan.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda_plan.decode_variant(base, tokens, 4096, device)
     assert clusters or variant.split == variant.cluster == 1
-    check_compiles(variant, 1 if variant.fused else 2, arch)
+    check_compiles(variant, *["transform"] * (not variant.fused), "decode", arch=arch)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -514,7 +516,7 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     variant = cuda_plan.middle_variant(base, tokens, 4096, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    check_compiles(variant, 2)
+    check_compiles(variant, "spread", "middle")
 
 
 @pytest.mark.parametrize(
@@ -532,7 +534,7 @@ def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_fe
     assert variant is not None
     assert variant.coarse
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    check_compiles(variant, 2)
+    check_compiles(variant, "spread", "middle")
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 1152), (5, 32), (6, 128), (8, 64)])
@@ -541,7 +543,7 @@ def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
     base = cuda_plan.Variant((bits,), padded_in, min(group, padded_in), 128, 128, True, True, 2, planes=1)
     variant = cuda_plan.prompt_variant(base)
     assert variant.prompt_bytes() <= 232448
-    check_compiles(variant, 2)
+    check_compiles(variant, "spread", "prompt")
 
 
 def test_prompts_are_many_tokens_of_large_layers():
@@ -612,7 +614,7 @@ def test_divisions_take_all_tokens_and_fit(out_features, in_features):
 
 def test_expert_kernel_compiles_without_spills():
     base = cuda_plan.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, split=2, share=8, experts=True)
-    check_compiles(base, 1)
+    check_compiles(base, "decode")
 
 
 @pytest.mark.parametrize(
@@ -626,7 +628,7 @@ def test_grouped_kernels_compile_without_spills(bits, pairs):
     )
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
-    check_compiles(variant, 3)
+    check_compiles(variant, "route", "spread", "middle")
 
 
 @pytest.mark.parametrize(("padded_in", "choices", "count"), [(14336, 2, 8), (2048, 8, 128), (128, 1, 1)])
