@@ -35,7 +35,7 @@ _PLANE_BYTES = 512 << 20  # of T(x) of pairs; more are computed in turns
 
 @dataclass(frozen=True)
 class Variant:
-    """The macros of a module (see the heads of common.cu and decode.cu): one is compiled for each value."""
+    """The macros of a module (see the heads of the files): one is compiled for each value."""
 
     bits: tuple[int, ...]
     padded_in: int
@@ -96,7 +96,7 @@ class Variant:
             files += ["wgmma.cu", *["route.cu"] * self.experts, "int8.cu" if self.coarse else "fp16.cu"]
             files += ["prompt.cu" if self.prompt else "middle.cu"]
         else:
-            files += ["dense.cu" if self.dense else "decode.cu"]
+            files += ["dense.cu"] if self.dense else ["ring.cu", "decode.cu"]
         return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + "".join(map(_source, files))
 
     def shared_bytes(self, tokens: int, batch: int) -> int:
