@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tqw.config import format_bits
-from tqw.kernels import cuda_launch, cuda_plan
+from tqw.kernels import cuda_launch, cuda_plan, cuda_variant
 from tqw.report import document, write_json
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-BASE = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+BASE = cuda_variant.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
 LINEARS = {  # the weight, and the tokens of the decode kernel
     "1 token": (BASE, 1),
     "1 token, 3 bits": (replace(BASE, bits=(3,)), 1),
@@ -59,7 +59,7 @@ _ENTRY = re.compile(
 )
 
 
-def rows_of(name: str, variant: cuda_plan.Variant, arch: str) -> list[dict[str, Any]]:
+def rows_of(name: str, variant: cuda_variant.Variant, arch: str) -> list[dict[str, Any]]:
     _, log = cuda_launch.compile_with_log(variant.source(), arch)
     return [
         {"variant": name, "bits": format_bits(variant.bits), "arch": arch, "kernel": kernel,

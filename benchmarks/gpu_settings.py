@@ -28,7 +28,7 @@ from torch.nn import functional
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cuda, cuda_launch, cuda_plan
+from tqw.kernels import cuda, cuda_launch, cuda_plan, cuda_variant
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, quantize
 
@@ -81,8 +81,8 @@ def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> It
 
 
 def variant(
-    kernel: str, chosen: dict[str, Any], base: cuda_plan.Variant, tokens: int, out: int, device: Any
-) -> cuda_plan.Variant | None:
+    kernel: str, chosen: dict[str, Any], base: cuda_variant.Variant, tokens: int, out: int, device: Any
+) -> cuda_variant.Variant | None:
     """The present variant with other settings; None: the kernel is not for so many tokens."""
     if kernel == "coarse" and chosen:
         return cuda_plan.coarse_of(base, **chosen)
@@ -92,7 +92,7 @@ def variant(
     return present and replace(present, **chosen)
 
 
-def fits(kernel: str, item: cuda_plan.Variant, device: Any) -> bool:
+def fits(kernel: str, item: cuda_variant.Variant, device: Any) -> bool:
     """Enough shared memory, and enough inputs for the parts."""
     if kernel == "decode":
         return True
@@ -101,7 +101,7 @@ def fits(kernel: str, item: cuda_plan.Variant, device: Any) -> bool:
     return item.ring_bytes() <= device.shared_bytes and 256 * item.split <= item.padded_in
 
 
-def plan(item: cuda_plan.Variant, tokens: int, out: int, device: Any) -> cuda_plan.Plan | None:
+def plan(item: cuda_variant.Variant, tokens: int, out: int, device: Any) -> cuda_plan.Plan | None:
     """None: the transformed tokens do not fit."""
     make = cuda_plan.middle_plan if item.columns else cuda_plan.decode_plan
     return make(item, tokens, out, device)
@@ -114,10 +114,10 @@ def run(x: torch.Tensor, qw: QuantizedWeight, chosen: cuda_plan.Plan) -> torch.T
         return kernels.linear(x, qw, backend="cuda")
 
 
-def compile_all(variants: set[cuda_plan.Variant], arch: str) -> None:
+def compile_all(variants: set[cuda_variant.Variant], arch: str) -> None:
     """From many threads: the measurements would compile one after the other."""
 
-    def compiled(item: cuda_plan.Variant) -> None:
+    def compiled(item: cuda_variant.Variant) -> None:
         with suppress(TqwError):  # shares that are not whole
             cuda_launch.cubin(item.source(), arch)
 

@@ -23,7 +23,7 @@ import torch
 
 from tqw import kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch, cuda_plan
+from tqw.kernels import cuda, cuda_launch, cuda_plan, cuda_variant
 from tqw.weight import QuantizedWeight, quantize
 
 DECODE = [
@@ -129,8 +129,8 @@ def main() -> None:
         raise SystemExit("expected a CUDA device, torch sees none")
     kinds = [argument for argument in sys.argv[1:] if argument != "--every-lane"]
     if len(kinds) < len(sys.argv) - 1:
-        source = cuda_plan.Variant.source
-        cuda_plan.Variant.source = lambda self: f"#define EVERY_LANE 1\n{source(self)}"
+        source = cuda_variant.Variant.source
+        cuda_variant.Variant.source = lambda self: f"#define EVERY_LANE 1\n{source(self)}"
     checked = "NV_SANITIZER_INJECTION_PORT_BASE" in os.environ
     chosen = [case for kind, case in cases() if kind in kinds or not kinds]
     with torch.inference_mode(), ThreadPoolExecutor(1 if checked else os.cpu_count()) as pool:

@@ -16,7 +16,7 @@ from tqw import kernels
 from tqw.codebook import UNITS_PER_SIGMA, levels
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
-from tqw.kernels import cuda, cuda_launch, cuda_plan
+from tqw.kernels import cuda, cuda_launch, cuda_plan, cuda_variant
 from tqw.model import quantize_model
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -415,7 +415,7 @@ def test_two_tiles_of_4_bits_in_a_turn(poisoned, out_features, in_features):
 def test_how_many_tokens_are_decoded(out_features, in_features, tokens):
     """What was measured to be faster on an H100."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), in_features, 128, 128, 128, True, True, 2, 1)
+    base = cuda_variant.Variant((4,), in_features, 128, 128, 128, True, True, 2, 1)
     assert cuda_plan.decode_tokens(base, out_features, h100) == tokens
 
 
@@ -446,7 +446,7 @@ def test_polynomials_round_to_the_levels(bits):
     code = torch.arange(2**bits, dtype=torch.float64)
     u = (2 * code + 1) / 2**bits - 1
     z = (u * u - 0.5).half().double()
-    *rest, g = cuda_plan.POLYNOMIALS[bits]
+    *rest, g = cuda_variant.POLYNOMIALS[bits]
     for coefficient in reversed(rest):
         g = (g * z + coefficient).half().double()
     expected = torch.tensor(levels(bits), dtype=torch.float64)
@@ -454,7 +454,7 @@ def test_polynomials_round_to_the_levels(bits):
     assert torch.equal((1536 + u * g).half().double() - 1536, expected)
 
 
-def check_compiles(variant: cuda_plan.Variant, *kernels: str, arch: str = "sm_90a") -> None:
+def check_compiles(variant: cuda_variant.Variant, *kernels: str, arch: str = "sm_90a") -> None:
     """A module of these kernels, without spills; the compiler says so where it has to serialise wgmma."""
     cubin, log = cuda_launch.compile_with_log(variant.source(), arch)
     assert cubin[:4] == b"\x7fELF"
@@ -465,7 +465,7 @@ def check_compiles(variant: cuda_plan.Variant, *kernels: str, arch: str = "sm_90
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_compiles_without_a_gpu(arch):
-    variant = cuda_plan.Variant(
+    variant = cuda_variant.Variant(
         (3, 4), 512, 128, 128, 128, True, True, 1, column_tiles=2, fused=False, warps=4, share=4
     )
     check_compiles(variant, "transform", "decode", arch=arch)
@@ -483,7 +483,7 @@ def test_compiles_without_a_gpu(arch):
 )  # fmt: skip
 def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens, planes, bits):
     device = cuda_launch.Device(0, arch, 132, 232448, clusters)
-    base = cuda_plan.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes)
+    base = cuda_variant.Variant((bits,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda_plan.decode_variant(base, tokens, 4096, device)
     assert clusters or variant.split == variant.cluster == 1
     check_compiles(variant, *["transform"] * (not variant.fused), "decode", arch=arch)
@@ -494,7 +494,7 @@ def test_decode_kernels_compile_without_spills(arch, clusters, padded_in, tokens
 def test_shares_of_a_cta_are_whole(tile, bits):
     device = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     for padded_in in range(tile, 1 << 15, tile):
-        base = cuda_plan.Variant((bits,), padded_in, tile, tile, 128, True, True, 2)
+        base = cuda_variant.Variant((bits,), padded_in, tile, tile, 128, True, True, 2)
         for tokens, out_features in ((1, 17), (1, 4096), (2, 4096), (4, 200), (16, 50000)):
             v = cuda_plan.decode_variant(base, tokens, out_features, device)
             assert padded_in // tile % (v.split * v.turn_tiles) == 0
@@ -512,7 +512,7 @@ def test_shares_of_a_cta_are_whole(tile, bits):
 @pytest.mark.parametrize("planes", [1, 2])
 def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
+    base = cuda_variant.Variant((4,), padded_in, 128, 128, 128, True, True, 2, planes)
     variant = cuda_plan.middle_variant(base, tokens, 4096, h100)
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
@@ -529,7 +529,7 @@ def test_middle_kernels_compile_without_spills(padded_in, tokens, planes):
 )
 def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_features, tokens):
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((bits,), padded_in, group, 128, 128, True, True, 2, planes=1)
+    base = cuda_variant.Variant((bits,), padded_in, group, 128, 128, True, True, 2, planes=1)
     variant = cuda_plan.middle_variant(base, tokens, out_features, h100)
     assert variant is not None
     assert variant.coarse
@@ -540,7 +540,7 @@ def test_kernels_in_8_bits_compile_without_spills(bits, group, padded_in, out_fe
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 1152), (5, 32), (6, 128), (8, 64)])
 @pytest.mark.parametrize("padded_in", [512, 1152, 14336, 28672, 65536])
 def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
-    base = cuda_plan.Variant((bits,), padded_in, min(group, padded_in), 128, 128, True, True, 2, planes=1)
+    base = cuda_variant.Variant((bits,), padded_in, min(group, padded_in), 128, 128, True, True, 2, planes=1)
     variant = cuda_plan.prompt_variant(base)
     assert variant.prompt_bytes() <= 232448
     check_compiles(variant, "spread", "prompt")
@@ -548,7 +548,7 @@ def test_prompt_kernels_compile_without_spills(bits, group, padded_in):
 
 def test_prompts_are_many_tokens_of_large_layers():
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+    base = cuda_variant.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     asked = ((1024, 4096), (1792, 4096), (2048, 4096), (1024, 28672), (1 << 13, 512), (1 << 15, 1024))
     assert [cuda_plan.is_prompt(base, *each, h100) for each in asked] == [False, False, True, True, False, True]
     assert not cuda_plan.is_prompt(replace(base, planes=2), 4096, 4096, h100)
@@ -557,7 +557,7 @@ def test_prompts_are_many_tokens_of_large_layers():
 
 def test_dense_rows_are_for_16_bits_and_few_weights_or_wide_codes():
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    few, large = (cuda_plan.Variant((4,), inputs, 128, 128, 128, True, True, 2) for inputs in (1024, 4096))
+    few, large = (cuda_variant.Variant((4,), inputs, 128, 128, 128, True, True, 2) for inputs in (1024, 4096))
 
     def dense(base, tokens, out):
         return cuda_plan.middle_variant(base, tokens, out, h100) is None
@@ -572,7 +572,7 @@ def test_dense_rows_are_for_16_bits_and_few_weights_or_wide_codes():
 def test_8_bits_only_where_they_cost_little():
     """Not for tiles of fewer inputs, passes, inputs that are not rotated, 32-bit inputs, other GPUs."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
+    base = cuda_variant.Variant((4,), 4096, 128, 128, 128, True, True, 2, planes=1)
     assert cuda_plan.takes_8_bits(base, h100)
     for change in ({"group": 192}, {"bits": (2, 2)}, {"rotate": False}, {"planes": 2}, {"tile": 64}):
         assert not cuda_plan.takes_8_bits(replace(base, **change), h100)
@@ -601,7 +601,7 @@ def test_which_inputs_have_8_bits(monkeypatch):
 def test_divisions_take_all_tokens_and_fit(out_features, in_features):
     """From as many tokens as fill a block to one more: no columns that a smaller block would not need."""
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), in_features, 128, 128, 128, True, True, 2, planes=1)
+    base = cuda_variant.Variant((4,), in_features, 128, 128, 128, True, True, 2, planes=1)
     for tokens in (9, 16, 17, 64, 65, 128, 160, 161, 256, 257, 512, 1000, 4096):
         divisions = cuda_plan.divisions(base, tokens, out_features, h100)
         assert divisions
@@ -613,7 +613,7 @@ def test_divisions_take_all_tokens_and_fit(out_features, in_features):
 
 
 def test_expert_kernel_compiles_without_spills():
-    base = cuda_plan.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, split=2, share=8, experts=True)
+    base = cuda_variant.Variant((4,), 2048, 128, 128, 128, True, True, 2, warps=16, split=2, share=8, experts=True)
     check_compiles(base, "decode")
 
 
@@ -624,7 +624,7 @@ def test_expert_kernel_compiles_without_spills():
 def test_grouped_kernels_compile_without_spills(bits, pairs):
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
     variant = cuda_plan.grouped_variant(
-        cuda_plan.Variant(bits, 2048, 128, 128, 128, True, True, 2), pairs, 8, 2048, h100
+        cuda_variant.Variant(bits, 2048, 128, 128, 128, True, True, 2), pairs, 8, 2048, h100
     )
     assert variant is not None
     assert variant.ring_bytes() * variant.min_ctas <= h100.shared_bytes
@@ -634,7 +634,7 @@ def test_grouped_kernels_compile_without_spills(bits, pairs):
 @pytest.mark.parametrize(("padded_in", "choices", "count"), [(14336, 2, 8), (2048, 8, 128), (128, 1, 1)])
 def test_pairs_come_in_turns_that_fit(padded_in, choices, count):
     h100 = cuda_launch.Device(0, "sm_90a", 132, 232448, True)
-    base = cuda_plan.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
+    base = cuda_variant.Variant((4,), padded_in, 128, 128, 128, True, True, 2)
     for tokens in (1, 100, 4096, 100_000):
         step = cuda_plan.expert_tokens(base, tokens, choices, count, 4096, h100)
         assert 1 <= step <= tokens

@@ -13,7 +13,7 @@ PACKAGE = Path(tqw.__file__).parent
 # Reading order. A file may import only files before it.
 ORDER = [
     "errors", "config", "rotation", "codebook", "packing", "scaling", "weight", "gptq", "checkpoint",
-    "kernels.cpu", "kernels.gpu", "kernels.cuda_launch", "kernels.cuda_plan", "kernels.cuda",
+    "kernels.cpu", "kernels.gpu", "kernels.cuda_launch", "kernels.cuda_variant", "kernels.cuda_plan", "kernels.cuda",
     "kernels.triton_kernels", "kernels.triton",
     "kernels.cutile_kernels", "kernels.cutile", "kernels.reference", "kernels",
     "shared_input", "layer", "model", "training",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tqw.errors import TqwError
-from tqw.kernels import cuda_plan, gpu
+from tqw.kernels import cuda_plan, cuda_variant, gpu
 from tqw.kernels.cuda_launch import Device, Launch, borrow, device_at, enter, give_back, launch_all
 from tqw.weight import QuantizedWeight, transform
 
@@ -129,7 +129,7 @@ def supports(x: Tensor, qw: QuantizedWeight) -> str | None:
     return _missing() or _too_old(x.device.index)
 
 
-def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> cuda_plan.Variant:
+def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> cuda_variant.Variant:
     block, group = qw.block, qw.group_size
     rotated = qw.rotation == "hadamard"
     tile = min(block, group & -group, 128)
@@ -137,7 +137,7 @@ def _variant(qw: QuantizedWeight, dtype: torch.dtype) -> cuda_plan.Variant:
         tile = 128  # several groups: as fast as one
     rounded = {"auto": sum(qw.bits) < 6, "int8": True, "exact": False}[_activations()]
     planes = 1 if rounded and dtype != torch.float32 else 2
-    return cuda_plan.Variant(
+    return cuda_variant.Variant(
         qw.bits, qw.padded_in, group, tile, block, rotated, qw.rotation != "qr", _TYPES[dtype], planes
     )
 
@@ -447,7 +447,7 @@ def combine(pairs: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor
     index = pairs.get_device()
     with _on(pairs):
         enter(index)
-        variant = cuda_plan.Combine(_TYPES[y.dtype], _TYPES[weights.dtype], 16 // y.element_size() if wide else 1)
+        variant = cuda_variant.Combine(_TYPES[y.dtype], _TYPES[weights.dtype], 16 // y.element_size() if wide else 1)
         launch = cuda_plan.combine_launch(variant, tokens, out, device_at(index))
         launch_all((launch,), params, torch._C._cuda_getCurrentRawStream(index))
     return y
