@@ -38,7 +38,7 @@ TOKENS = (1, 2, 4, 8, 16)
 LAYOUTS = ((1, 1, 16, 16), (1, 1, 16, 8), (2, 1, 16, 16), (2, 1, 16, 8), (2, 2, 16, 8), (2, 2, 16, 4), (4, 4, 16, 4))
 CHOICES: dict[str, tuple] = {
     "fused": (True, False), "ring": (2, 3, 4, 5), "early": (1, 2, 3), "unroll": (1, 2), "halves": (True, False),
-    "turn_tiles": (1, 2),
+    "turn_tiles": (1,),
 }  # fmt: skip
 MIDDLE: dict[str, tuple] = {
     "warpgroups": (1, 2), "split": (1, 2, 3, 4, 5, 6, 7, 8), "apart": (False, True), "stages": (3, 4),
@@ -68,8 +68,6 @@ def decode_candidates(tokens: int, only: dict[str, tuple], layouts: tuple) -> It
     choices = {name: only.get(name, values) for name, values in CHOICES.items()}
     if tokens > 1:
         choices["fused"] = (False,)
-    if "turn_tiles" not in only:
-        choices["turn_tiles"] = (1,)
     if tokens <= 2 and "halves" not in only:
         choices["halves"] = (True,)
     for (cluster, split, warps, share), *values in itertools.product(layouts, *choices.values()):

@@ -46,13 +46,17 @@ def weight(
     return quantize(torch.randn(shape, device="cuda") * 0.05, QuantConfig(bits=bits, group_size=group_size))
 
 
-def linear(qw: QuantizedWeight, tokens: int, dtype: torch.dtype) -> None:
-    x = torch.randn(tokens, qw.in_features, device="cuda").to(dtype)
-    kernels.linear(x, qw, torch.randn(qw.out_features, device="cuda").to(dtype), backend="cuda")
-
-
-def fresh(out_features: int, in_features: int, bits: str, tokens: int) -> None:
-    linear(weight(out_features, in_features, bits), tokens, torch.half)
+def linear(
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float16,
+    bits: str = "4",
+    group_size: int = 128,
+) -> None:
+    qw = weight(out_features, in_features, bits, group_size=group_size)
+    x = torch.randn(tokens, in_features, device="cuda").to(dtype)
+    kernels.linear(x, qw, torch.randn(out_features, device="cuda").to(dtype), backend="cuda")
 
 
 def experts(tokens: int, bits: str) -> None:
@@ -82,24 +86,21 @@ def prompt(out_features: int, in_features: int, tokens: int, bits: str = "4", gr
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for (out_features, in_features), tokens in product(DECODE, TOKENS):
         kind = "wide" if in_features > 8192 else "few" if tokens <= 2 else "several"
-        yield kind, lambda o=out_features, i=in_features, t=tokens: linear(weight(o, i), t, torch.bfloat16)
+        yield kind, partial(linear, out_features, in_features, tokens, torch.bfloat16)
     for bits, (out_features, in_features) in product(("2", "3", "5", "4+4"), ((17, 512), (300, 2816), (136, 16384))):
         for tokens in (1, 3, 16) if bits in "23" else (1,):
-            yield "pairs", partial(fresh, out_features, in_features, bits, tokens)
-    yield "pairs", partial(fresh, 4200, 9216, "4", 1)
+            yield "pairs", partial(linear, out_features, in_features, tokens, bits=bits)
+    yield "pairs", partial(linear, 4200, 9216, 1)
     for bits in ("2", "3", "5", "6", "3+2"):
-        yield "several", lambda b=bits: linear(weight(40, 512, b), 5, torch.float16)
-        yield "middle", lambda b=bits: linear(weight(40, 512, b), 40, torch.float16)
+        yield "several", partial(linear, 40, 512, 5, bits=bits)
+        yield "middle", partial(linear, 40, 512, 40, bits=bits)
     for group_size, bits in product((32, 64), ("3", "4", "8")):
         for tokens in (1, 5, 40):
             kind = "middle" if tokens > 16 else "groups"
-            yield (
-                kind,
-                lambda g=group_size, b=bits, t=tokens: linear(weight(40, 512, b, group_size=g), t, torch.float16),
-            )
+            yield kind, partial(linear, 40, 512, tokens, bits=bits, group_size=group_size)
     for out_features, in_features, tokens in MIDDLE:
         for dtype in (torch.float32, torch.bfloat16):
-            yield "middle", lambda o=out_features, i=in_features, t=tokens, d=dtype: linear(weight(o, i), t, d)
+            yield "middle", partial(linear, out_features, in_features, tokens, dtype)
     for warpgroups, (split, apart) in product((1, 2), ((1, False), (3, False), (4, True))):
         for tokens, columns in ((40, 64), (200, 256), (300, 256)):
             yield "coarse", partial(coarse, tokens, columns, warpgroups, split, apart)
@@ -119,7 +120,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             torch.randint(-1, 6, (3, 2), device="cuda"),
         )
         yield "experts", lambda p=pairs, i=ids: kernels.combine(p, torch.rand(3, 2, device="cuda"), i, 5)
-    yield "dense", lambda: linear(weight(40, 512), 2000, torch.bfloat16)
+    yield "dense", partial(linear, 40, 512, 2000, torch.bfloat16)
     yield "dense", lambda: kernels.embedding(torch.arange(9, device="cuda"), weight(40, 512), torch.bfloat16)
 
 

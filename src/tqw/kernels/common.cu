@@ -2,7 +2,7 @@
 //
 //     y = T(x) V^T + b for packed codes: T(x) = H (a * x), V[n,k] = weight_scale[n, k / G] * level[code[n,k]]
 //
-// Compiled at run time by NVRTC without any header, one module for each set of the macros (cuda_plan.py sets them): this file,
+// Compiled at run time by NVRTC without any header, one module for each set of the macros (cuda_variant.py sets them): this file,
 // codes.cu and inputs.cu, then those of decode.cu, dense.cu, middle.cu or prompt.cu.
 //
 // BITS       widths of the passes, e.g. 4,4          PASSES    how many

@@ -55,7 +55,7 @@ class Plan:
 
 
 def _shares(tiles: int, strips: int, each: float = 1) -> tuple[int, int]:
-    """Warps of a CTA, about 16, and how many of them share the tiles of each of its `strips` evenly.
+    """Warps of a CTA, about 16, and how many of them share the tiles, or pairs of them, of each of its `strips` evenly.
 
     each: strips of a multiprocessor. Few tiles are shared by fewer warps, which take two turns, for more strips at
     once: to add up their sums takes as long as a turn."""
@@ -80,8 +80,11 @@ class _Sizes(NamedTuple):
     """What a layer is to a GPU."""
 
     each: float  # strips of 16 outputs for each multiprocessor
-    many: bool  # more than six
     wide: bool  # more than 64 tiles of inputs
+
+    @property
+    def many(self) -> bool:
+        return self.each > 6
 
     @property
     def busy(self) -> float:
@@ -95,8 +98,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(base: Variant, out: int, device: Device) -> _Sizes:
-    strips = -(-out // 16)
-    return _Sizes(strips / device.multiprocessors, strips > 6 * device.multiprocessors, base.padded_in > 64 * base.tile)
+    return _Sizes(-(-out // 16) / device.multiprocessors, base.padded_in > 64 * base.tile)
 
 
 def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant:
@@ -105,10 +107,11 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
     clustered = device.clusters and out > 7 * 16
     planes = base.planes if tokens >= _ONE_PLANE_TOKENS else 2
     # one launch, unless it takes too long to transform all tokens in every CTA, or their inputs do not fit in registers
-    fused = base.experts or (tokens == 1 and tiles <= 224)
+    alone = not base.experts and tokens == 1 and tiles <= 224
+    fused = base.experts or alone
     # T(x) of all inputs in every CTA, unless each has to compute it or it leaves too little room for codes on their way
     whole = not base.experts and tokens * planes * base.padded_in <= device.shared_bytes // 2
-    halved = tiles > 120 and sizes.each < 3 if fused and not base.experts else sizes.wide and not whole
+    halved = tiles > 120 and sizes.each < 3 if alone else sizes.wide and not whole
     multicast = device.arch.startswith(("sm_90", "sm_100")) and clustered and not fused
     variant = replace(
         base,
@@ -122,7 +125,7 @@ def decode_variant(base: Variant, tokens: int, out: int, device: Device) -> Vari
         small=out < 16,
     )
     variant = replace(variant, turn_tiles=_turn_tiles(variant, tokens, sizes))
-    warps, share = _layout(variant, tokens, sizes, halved)
+    warps, share = (16, 8) if alone and halved else _layout(variant, tokens, sizes)
     ring, early = _ring(variant, tokens, sizes)
     return replace(variant, warps=warps, share=share, ring=ring, early=early)
 
@@ -141,12 +144,10 @@ def _turn_tiles(variant: Variant, tokens: int, sizes: _Sizes) -> int:
     return 1 if bits == (4,) and few else 2
 
 
-def _layout(variant: Variant, tokens: int, sizes: _Sizes, halved: bool) -> tuple[int, int]:
+def _layout(variant: Variant, tokens: int, sizes: _Sizes) -> tuple[int, int]:
     """Warps of a CTA, and how many of them share a strip."""
     tiles, split = variant.padded_in // variant.tile, variant.split
     turns = tiles // split // variant.turn_tiles
-    if halved and variant.fused and not variant.experts:
-        return 16, 8
     if variant.turn_tiles == 2 and turns * split > 20 and variant.bits != (2,):
         shares = 16, 16 // split  # four for each scheduler: better than shares that come out even
     else:

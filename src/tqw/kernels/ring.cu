@@ -33,9 +33,7 @@ static constexpr int UNIT_BYTES = staged_bytes(PASSES), SLOT_BYTES = WARPS * UNI
 // The W bytes of each lane of 8 rows; `from` is the lane's own.
 template <int W>
 __device__ __forceinline__ void stage_codes(u32 to, const u8* from, int lane) {
-  if constexpr (W == 16) {
-    copy_async<16>(to + lane * 16, from);
-  } else if constexpr (W >= 4) {
+  if constexpr (W >= 4) {
     copy_async<W>(to + lane * W, from);
   } else if ((lane & 3) < W) {  // the smallest copy has 4 bytes: some lanes of a quad copy for all
     int t = lane & 3;
@@ -51,9 +49,11 @@ struct Place {
 template <int B>
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
   constexpr int CHUNKS = OF_TURN * B / 128;
-  int other = B == 4 ? (SUB == 64 ? row & 2 : row >> 1 & 3) : B == 8 ? (SUB == 64 ? (row & 1) * 4 : (row & 3) * 2) : 0;
-  if (TURN_TILES > 1) other = B == 2 ? row & 2 : B == 4 ? (row & 1) * 4 : 0;
-  if (TURN_TILES > 1 && B == 5) row = (row & ~3) + (row & 1) * 2 + (row >> 1 & 1);
+  int other = 0;
+  if (B == 2) other = SUB == 128 ? row & 2 : 0;
+  if (B == 4) other = SUB == 128 ? (row & 1) * 4 : SUB == 64 ? row & 2 : row >> 1 & 3;
+  if (B == 8) other = SUB == 128 ? 0 : SUB == 64 ? (row & 1) * 4 : (row & 3) * 2;
+  if (B == 5 && SUB == 128) row = (row & ~3) + (row & 1) * 2 + (row >> 1 & 1);
   return row * CHUNKS + (chunk ^ other);
 }
 // Number of the (first) group that holds the tile of a turn.
@@ -68,15 +68,13 @@ static constexpr bool LINEAR = SIDE_BY_SIDE || plane_count(B) == 1 || GROUP == T
 // The codes of each row come in pieces of 16 bytes, whichever lanes need them: fewer copies than of each lane's own.
 template <int B>
 static constexpr bool BY_ROWS = LINEAR<B> && TILE == 128 && !SIDE_BY_SIDE;
-// Of a plane of which a lane has W bytes: the row and the byte of the first piece that a lane copies.
-template <int W>
-__device__ __forceinline__ int copied_row(const Params& p, int lane) {
-  int row = W == 4 ? lane % 16 : lane / (W / 4);
-  return SMALL ? min(row, p.out - 1) : row;
-}
-template <int W>
-__device__ __forceinline__ int copied_byte(int lane) {
-  return lane % (W / 4) * 16;
+// Byte offset within a strip of the first piece of a plane that a lane copies.
+template <int B, int PLANE>
+__device__ __forceinline__ i64 first_piece(const Params& p, const Place& place) {
+  constexpr int OF_ROW = lane_bytes(B, PLANE) / 4;
+  int row = OF_ROW == 1 ? place.lane % 16 : place.lane / OF_ROW;
+  if (SMALL) row = min(row, p.out - 1);
+  return row * ((i64)IN_PADDED / 8 * B) + code_offset(B, PLANE, place.first, 0) + place.lane % OF_ROW * 16;
 }
 template <int W>
 __device__ __forceinline__ void stage_rows(const Params& p, u32 to, const u8* from, i64 stride, int lane) {
@@ -96,12 +94,12 @@ template <int I>
 __device__ __forceinline__ void find_strip(const Params& p, Strip& strip, i64 row, const Place& place) {
   constexpr int B = WIDTHS[I];
   constexpr i64 STRIDE = (i64)IN_PADDED / 8 * B;
-  int lane = place.lane, t = lane & 3;
+  int t = place.lane & 3;
   strip.codes[I] = p.packed[I] + row * STRIDE;
   if constexpr (SIDE_BY_SIDE)
     strip.codes[I] += place.first / 8 * B;
   else if constexpr (BY_ROWS<B>)
-    strip.codes[I] += copied_row<lane_bytes(B, 0)>(p, lane) * STRIDE + code_offset(B, 0, place.first, 0) + copied_byte<lane_bytes(B, 0)>(lane);
+    strip.codes[I] += first_piece<B, 0>(p, place);
   else if constexpr (LINEAR<B>)
     strip.codes[I] += place.rows[0] * STRIDE + code_offset(B, 0, place.first, t);
   strip.scales[I] = p.scale[I] + row * GROUPS;
@@ -127,11 +125,8 @@ __device__ __forceinline__ void stage_turn(const Params& p, u32 to, const Strip&
     }
   } else if constexpr (BY_ROWS<B>) {
     stage_rows<W0>(p, at, codes, STRIDE, lane);
-    if constexpr (W1 > 0) {
-      i64 second = (copied_row<W1>(p, lane) - copied_row<W0>(p, lane)) * STRIDE + code_offset(B, 1, place.first, 0) -
-                   code_offset(B, 0, place.first, 0) + copied_byte<W1>(lane) - copied_byte<W0>(lane);
-      stage_rows<W1>(p, at + 64 * W0, codes + second, STRIDE, lane);
-    }
+    if constexpr (W1 > 0)
+      stage_rows<W1>(p, at + 64 * W0, codes + (first_piece<B, 1>(p, place) - first_piece<B, 0>(p, place)), STRIDE, lane);
   } else if constexpr (LINEAR<B>) {
     int second = code_offset(B, 1, place.first, t) - code_offset(B, 0, place.first, t);
 #pragma unroll
