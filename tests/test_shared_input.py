@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tqw
+from tqw import shared_input
 from tqw.kernels import cpu
 from tqw.layer import QuantizedLinear
 from tqw.model import share_inputs
@@ -163,6 +164,96 @@ def test_weights_that_could_change_unnoticed_are_not_joined():
     with torch.inference_mode():
         model = family()
     assert join([model.q_proj.quantized_weight, model.k_proj.quantized_weight]) is None
+
+
+def test_weights_on_different_devices_are_not_joined():
+    """As accelerate offloads them: one layer at a time has tensors with values."""
+    model = family()
+    shared = model.q_proj.__dict__["_shared_input"]
+    model.k_proj.to("meta")
+    assert shared._join(torch.device("cpu")) is None
+    assert shared.misses == 0
+
+
+def test_a_model_that_moves_leaves_no_joined_memory_behind():
+    model = family()
+    shared = model.q_proj.__dict__["_shared_input"]
+    joined = shared.joined = join([layer.quantized_weight for layer in shared.layers])
+    assert model.half().q_proj.__dict__["_shared_input"].joined is joined  # codes and scales stay where they are
+    model.to("meta")
+    assert shared.joined is None
+
+
+class Joined(nn.Module):
+    """What of a decoder layer matters here: three layers read one tensor, another reads what becomes of it."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.attention, self.out = family(**settings), nn.Linear(96, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.attention
+        return self.out(a.q_proj(x).relu()) + torch.cat([a.k_proj(x), a.v_proj(x)], -1).repeat(1, 2).sin()
+
+
+@pytest.fixture
+def families(monkeypatch) -> list[str]:
+    """The ops of every graph that torch.compile makes, families in one op on the CPU, too."""
+    monkeypatch.setattr(shared_input, "_TRACED", ("cpu",))
+    torch.compiler.reset()
+    return []
+
+
+def compiled(model: nn.Module, seen: list[str]):
+    def backend(graph, example_inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "tqw" in str(node.target))
+        return graph.forward
+
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("bits", ["4", "4+4"])
+@pytest.mark.parametrize("joining", [False, True])
+def test_a_compiled_family_is_one_op(families, bits, joining):
+    model = Joined(bits=bits)
+    layers = [model.attention.q_proj, model.attention.k_proj, model.attention.v_proj]
+    shared = layers[0].__dict__["_shared_input"]
+    if joining:
+        shared.joined = join([layer.quantized_weight for layer in layers])
+        assert shared.joined is not None
+    step = compiled(model, families)
+    with torch.no_grad():
+        for tokens in (2, 5, 2):
+            x = torch.randn(tokens, 128)
+            expected = model.out(layers[0](x).relu()) + torch.cat([layers[1](x), layers[2](x)], -1).repeat(1, 2).sin()
+            torch.testing.assert_close(step(x), expected, rtol=1e-5, atol=1e-5)
+    assert set(families) == {"tqw.linear_family"}
+    assert shared.traced is None
+
+
+def test_the_op_of_a_family():
+    model = family()
+    weights = [layer.quantized_weight for layer in (model.q_proj, model.k_proj)]
+    tensors = [[getattr(qw, name)[0] for qw in weights] for name in ("packed", "weight_scale", "channel_scale")]
+    torch.library.opcheck(torch.ops.tqw.linear_family.default, (torch.randn(3, 128), *tensors, weights[0].rotation))
+
+
+def test_a_compiled_family_that_cannot_be_one_op(families):
+    """An input that needs a gradient; layers of other widths; a layer that is not called."""
+    model = Joined()
+    x = torch.randn(2, 128, requires_grad=True)
+    compiled(model, families)(x).sum().backward()
+    assert set(families) == {"tqw.linear"}
+    families.clear()
+    model.attention.k_proj = QuantizedLinear.from_linear(nn.Linear(128, 32), tqw.QuantConfig(bits=5))
+    share_inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, families)(x), model(x))
+        assert set(families) == {"tqw.linear"}
+        single = family()
+        for _ in range(3):
+            x = torch.randn(2, 128)
+            torch.testing.assert_close(compiled(single.k_proj, families)(x), single.k_proj(x))
 
 
 @pytest.mark.gpu

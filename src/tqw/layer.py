@@ -119,12 +119,18 @@ class QuantizedLinear(nn.Linear):
         """Nothing: codes have no random initialisation."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keeping_format(self, fn), recurse)
+        super()._apply(keeping_format(self, fn), recurse)
+        if "_shared_input" in self.__dict__:
+            self.__dict__["_shared_input"].release()
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         shared = self.__dict__.get("_shared_input")
-        if shared is not None and kernels.plain_eager(input, self.bias):
-            output = shared.output(self, input)
+        if shared is not None:
+            if torch.compiler.is_compiling():
+                output = shared.traced_output(self, input)
+            else:
+                output = shared.output(self, input) if kernels.plain_eager(input, self.bias) else None
             if output is not None:
                 return output
         return kernels.linear(input, self.quantized_weight, self.bias)

@@ -3,6 +3,8 @@
 For a few tokens a layer costs less than the way to it: one call for the family transforms x once, enters the backend
 once and starts the threads once. On a GPU their codes are put side by side in memory, so that one kernel reads them as
 one weight. The layers stay where they are, with parameters of their own.
+
+torch.compile sees one op, `tqw::linear_family`, for a family on a GPU: y = [T(x) V_1^T, T(x) V_2^T, ...].
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tqw import kernels
 from tqw.kernels import cpu
@@ -22,6 +25,13 @@ from tqw.weight import QuantizedWeight
 
 _MOST_TOKENS = {"cpu": 8, "cuda": 64}  # with more, the products outweigh everything else
 _MOST_MISSES = 8  # then the layers do not really share their inputs
+_TRACED = ("cuda",)  # devices on which a compiled family is one op
+_JOINED: weakref.WeakValueDictionary[int, JoinedWeight] = weakref.WeakValueDictionary()  # by where the codes begin
+
+torch.library.define(
+    "tqw::linear_family",
+    "(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, str rotation) -> Tensor",
+)
 
 
 def _moment(x: Tensor) -> object:
@@ -85,7 +95,30 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
             row += qw.out_features
     passes = len(first.packed)
     weight = replace(first, packed=tuple(stacks[:passes]), weight_scale=tuple(stacks[passes:]))
-    return JoinedWeight(weight, weights)
+    joined = _JOINED[weight.packed[0].data_ptr()] = JoinedWeight(weight, weights)
+    return joined
+
+
+@torch.library.impl("tqw::linear_family", "CompositeExplicitAutograd")
+def _family_op(x: Tensor, packed: list[Tensor], weight_scale: list[Tensor], channel_scale: list[Tensor], rotation: str):
+    """The outputs of weights that have one channel scale each, side by side: [..., in] -> [..., sum of out]."""
+    passes = len(packed) // len(channel_scale)
+    parts = [slice(passes * i, passes * (i + 1)) for i in range(len(channel_scale))]
+    weights = [
+        QuantizedWeight(tuple(packed[part]), tuple(weight_scale[part]), (channel,), rotation, None)
+        for part, channel in zip(parts, channel_scale, strict=True)
+    ]
+    joined = _JOINED.get(packed[0].data_ptr())
+    if joined is not None and joined.holds(weights):
+        return kernels.linear(x, joined.weight)
+    return torch.cat([kernels.linear(x, qw) for qw in weights], -1)
+
+
+@torch.library.register_fake("tqw::linear_family")
+def _family_fake(x: Tensor, packed, weight_scale, channel_scale, rotation) -> Tensor:
+    del weight_scale, rotation
+    passes = len(packed) // len(channel_scale)
+    return x.new_empty(*x.shape[:-1], sum(codes.shape[-2] for codes in packed[::passes]))
 
 
 class SharedInput:
@@ -97,6 +130,16 @@ class SharedInput:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self._forget()
+        weights = [layer.quantized_weight for layer in layers]
+        first = weights[0]
+        self.one_op = all(
+            qw.rotation != "qr"
+            and qw.shares_rotation
+            and (qw.bits, qw.group_size, qw.rotation) == (first.bits, first.group_size, first.rotation)
+            for qw in weights
+        )
+        if first.device.type == "cuda":  # for calls that are all compiled or captured
+            self._join(first.device)
 
     def _forget(self) -> None:
         self.misses = 0
@@ -104,14 +147,20 @@ class SharedInput:
         self.usable = False
         self.joined: JoinedWeight | None = None
         self.ahead: tuple[weakref.ref[Tensor] | None, object, dict[int, Tensor]] = (None, None, {})
+        self.traced: tuple[Tensor, list[Tensor | None]] | None = None  # only while torch.compile looks
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles start anew: what waits here belongs to this process and these tensors."""
-        return {"layers": self.layers}
+        return {"layers": self.layers, "one_op": self.one_op}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers = state["layers"]
+        self.layers, self.one_op = state["layers"], state["one_op"]
         self._forget()
+
+    def release(self) -> None:
+        """Keep no memory that the layers have left."""
+        if self.joined is not None and not self.joined.holds([member.quantized_weight for member in self.layers]):
+            self.joined = None
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
@@ -119,7 +168,11 @@ class SharedInput:
         if made_of is not None and made_of() is x and id(layer) in waiting and moment == _moment(x):
             return waiting.pop(id(layer))
         most = _MOST_TOKENS["cpu"] if x.is_cpu else _MOST_TOKENS.get(x.device.type, 0)
-        if self.misses > _MOST_MISSES or x.numel() > most * x.shape[-1]:
+        if self.misses > _MOST_MISSES:
+            return None
+        if x.numel() > most * x.shape[-1]:
+            if x.is_cuda and self.joined is None:  # the next call may be compiled or captured
+                self._join(x.device)
             return None
         self.misses += bool(waiting)
         computed = self._on_cpu(x) if x.is_cpu else self._on_gpu(x)
@@ -140,20 +193,50 @@ class SharedInput:
             return None
         return cpu.linears(x, weights, [member.bias for member in self.layers])
 
-    def _on_gpu(self, x: Tensor) -> Sequence[Tensor] | None:
+    def _join(self, device: torch.device) -> JoinedWeight | None:
+        """The layers' weights as one, if all are on the device (offloaded layers come one by one) and whole."""
         weights = [member.quantized_weight for member in self.layers]
-        if x.shape[-1] != weights[0].in_features or weights[0].device != x.device:
+        if any(qw.device != device or isinstance(qw.packed[0], DTensor) for qw in weights):
+            self.joined = None
             return None
         if self.joined is None or not self.joined.holds(weights):
             if torch.cuda.is_current_stream_capturing():
                 return None  # memory from inside a capture belongs to the graph
             self.misses += 1
             self.joined = join(weights)
-            if self.joined is None:
-                return None
-        parts = kernels.linear(x, self.joined.weight).split_with_sizes(self.joined.out_features, -1)
+        return self.joined
+
+    def _on_gpu(self, x: Tensor) -> Sequence[Tensor] | None:
+        joined = self._join(x.device)
+        if joined is None or x.shape[-1] != joined.weight.in_features:
+            return None
+        return self._with_biases(kernels.linear(x, joined.weight).split_with_sizes(joined.out_features, -1))
+
+    def _with_biases(self, parts: Sequence[Tensor]) -> list[Tensor]:
         biases = [member.bias for member in self.layers]
         return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+
+    def traced_output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """`output` while torch.compile looks: what one layer's call computes waits for the calls of the others."""
+        if not self.one_op or x.device.type not in _TRACED or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        mine = next(i for i, member in enumerate(self.layers) if member is layer)
+        if self.traced is None or self.traced[0] is not x or self.traced[1][mine] is None:
+            self.traced = x, list(self._as_one_op(x))
+        outputs = self.traced[1]
+        output, outputs[mine] = outputs[mine], None
+        if all(waiting is None for waiting in outputs):
+            self.traced = None
+        return output
+
+    def _as_one_op(self, x: Tensor) -> list[Tensor]:
+        weights = [member.quantized_weight for member in self.layers]
+        packed, weight_scale, channel_scale = (
+            [tensor for qw in weights for tensor in getattr(qw, name)]
+            for name in ("packed", "weight_scale", "channel_scale")
+        )
+        y = torch.ops.tqw.linear_family(x, packed, weight_scale, channel_scale, weights[0].rotation)
+        return self._with_biases(y.split_with_sizes([member.out_features for member in self.layers], -1))
 
     def _still_alike(self, weights: list[QuantizedWeight]) -> bool:
         """Compared again only when a parameter was replaced: until then a layer keeps its weight."""

@@ -1,0 +1,104 @@
+"""`generate` of transformers on a GPU, bfloat16 against 4 bits: results/gpu_transformers.json.
+
+    python benchmarks/gpu_transformers.py [-o benchmarks/results/gpu_transformers.json]
+
+Random weights in the shapes of gpu_model.py, in transformers' own modules, untouched but for quantize_model (linears of
+the layers at 4 bits, embedding and lm_head at 8). "static cache": what generate(cache_implementation="static") does by
+itself, one compiled step in a CUDA graph; "dynamic cache": generate's default, Python launching kernel by kernel. A
+token's time is the difference between two lengths, so without prompt; the prompt has 128 tokens for each sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gpu_model import SHAPES, Shape
+
+import tqw
+from tqw.report import document, write_json
+
+PROMPT, SHORT, LONG, REPEATS = 128, 16, 64, 3
+
+
+def build(shape: Shape) -> Any:
+    """The model of transformers in bfloat16, random weights."""
+    kind = "Qwen3" if shape.name.startswith("Qwen3") else "Llama"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head, tie_word_embeddings=shape.tied, max_position_embeddings=4096,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def milliseconds_per_token(model: Any, batch: int, static: bool) -> float:
+    ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), device="cuda")
+    options = {"cache_implementation": "static"} if static else {}
+
+    def seconds(new: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        y = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
+        )
+        torch.cuda.synchronize()
+        assert y.shape == (batch, PROMPT + new)
+        return time.perf_counter() - begin
+
+    for new in (LONG, SHORT):  # compiled, captured
+        seconds(new)
+    differences = [seconds(LONG) - seconds(SHORT) for _ in range(REPEATS)]
+    return 1e3 * statistics.median(differences) / (LONG - SHORT)
+
+
+@torch.inference_mode()
+def measure(shape: Shape) -> list[dict[str, Any]]:
+    rows = []
+    for bits in (16, 4):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = build(shape)
+        if bits < 16:
+            tqw.quantize_model(model, tqw.QuantConfig(bits=str(bits), scale="norm", embedding=8, lm_head=8))
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for batch, static in ((1, True), (16, True), (1, False)):
+            milliseconds = milliseconds_per_token(model, batch, static)
+            row = {
+                "model": shape.name, "bits": bits, "cache": "static" if static else "dynamic", "batch": batch,
+                "milliseconds": milliseconds, "tokens_per_second": batch / milliseconds * 1e3,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            }  # fmt: skip
+            rows.append(row)
+            sys.stderr.write(f"{row}\n")
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_transformers.json"))
+    parser.add_argument("--models", nargs="*", default=[shape.name for shape in SHAPES])
+    arguments = parser.parse_args()
+    rows = []
+    for shape in SHAPES:
+        if shape.name in arguments.models:
+            rows += measure(shape)
+            write_json(arguments.output, document(rows, transformers=transformers.__version__))
+
+
+if __name__ == "__main__":
+    main()
