@@ -215,6 +215,10 @@ def test_compare_takes_targets(model, capsys):
         (("verify", "FLOAT"), "tqw quantized"),
         (("bench", "--shapes", "12"), "NxK"),
         (("bench", "--batch", "zero"), "--batch"),
+        (("bench", "--device", "cuda:99"), "expected --device as cpu, cuda, cuda:1, ..., and one that is here"),
+        (("quantize", "FLOAT", "-o", "x", "--device", "cuda:99"), "use --device cpu"),
+        (("generate", "FLOAT", "--prompt", "a", "--device", "gpu"), "got 'gpu'"),
+        (("eval", "FLOAT", "--text", "TEXT", "--device", "meta"), "got 'meta'"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -243,6 +247,17 @@ def test_interrupting_exits_130_and_says_how_to_go_on(model, capsys, monkeypatch
     monkeypatch.undo()
     code, _, _ = run(capsys, "quantize", model / "float", "-o", model / "out", "--resume")
     assert code == 0
+
+
+def test_too_little_memory_is_one_sentence(model, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("tqw.pretrained.quantize_model", full)
+    code, _, stderr = run(capsys, "quantize", model / "float", "-o", model / "out", "--calibrate", "none")
+    assert code == 2
+    assert "expected more free memory" in " ".join(stderr.split())
+    assert not (model / "out").exists()
 
 
 def test_nan_weights_name_the_tensor(model, capsys):

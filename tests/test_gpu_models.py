@@ -203,6 +203,15 @@ def test_a_device_that_is_not_the_current_one():
 
 
 @needs_two
+def test_the_benchmark_of_the_other_gpu(capsys):
+    arguments = ["bench", "--device", "cuda:1", "--shapes", "256x512", "--batch", "1,40", "--json"]
+    assert cli.main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["method"] for row in rows} == {"read_bandwidth", "tqw", "torch_bfloat16"}
+    assert torch.cuda.current_device() == 0
+
+
+@needs_two
 def test_both_gpus_at_once_from_threads_of_their_own():
     expected = calls_on("cuda:0")
     with ThreadPoolExecutor(4) as pool:

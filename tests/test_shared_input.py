@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -149,6 +150,18 @@ def test_joined_weights_stay_what_they_were(bits):
     with torch.inference_mode():  # a tensor without a version
         moved = copy.deepcopy(model)
     assert not joined.holds([weights[0], moved.k_proj.quantized_weight, weights[2]])
+
+
+def test_joined_weights_are_saved_one_by_one(tmp_path):
+    model = family()
+    state = copy.deepcopy(model.state_dict())
+    assert join([layer.quantized_weight for layer in (model.q_proj, model.k_proj, model.v_proj)]) is not None
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "file")
+    torch.save(model.state_dict(), tmp_path / "pickle")
+    for again in (safetensors.torch.load_file(tmp_path / "file"), torch.load(tmp_path / "pickle")):
+        assert again.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
+    assert (tmp_path / "file").stat().st_size < 1.1 * sum(tensor.nbytes for tensor in state.values()) + 2000
 
 
 def test_weights_that_differ_are_not_joined():

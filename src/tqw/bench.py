@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -275,33 +276,25 @@ def bench_shape(ways: list[Method], dense: Tensor, tokens: int) -> list[dict[str
 
 @torch.inference_mode()
 def bench(
-    device: str = "cpu",
-    shapes: Iterable[str] = DEFAULT_SHAPES,
-    tokens: Iterable[int] = (1, 16, 128),
-    bits: str = "4",
-    on_row: Callable[[dict[str, Any]], None] | None = None,
+    device: str = "cpu", shapes: Iterable[str] = DEFAULT_SHAPES, tokens: Iterable[int] = (1, 16, 128), bits: str = "4"
 ) -> list[dict[str, Any]]:
     """All rows: `read_bandwidth` first, then each shape and number of tokens."""
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise TqwError("expected a CUDA device for --device cuda, but torch sees none: use --device cpu")
-    limit = read_bandwidth(target)
-    rows: list[dict[str, Any]] = [
-        {
-            "device": target.type, "shape": "", "tokens": 0, "method": "read_bandwidth", "bits": "",
-            "microseconds": _BANDWIDTH_BYTES / limit / 1e3, "packed_gigabytes_per_second": limit, "relative_error": 0.0,
-        }
-    ]  # fmt: skip
-    config = QuantConfig(bits=parse_bits(bits))
-    for shape in shapes:
-        out_features, in_features = parse_shape(shape)
-        weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) * 0.02
-        qw = quantize(weight.to(target), config)
-        dense = dequantize(qw)
-        ways = methods(qw, dense) if target.type != "cuda" else []
-        for count in tokens:
-            rows += bench_shape(ways, dense, count) if ways else bench_shape_cuda(qw, dense, count)
-    if on_row is not None:
-        for row in rows:
-            on_row(row)
+    target, config = torch.device(device), QuantConfig(bits=parse_bits(bits))
+    with torch.cuda.device(target) if target.type == "cuda" else nullcontext():  # graphs are of the current device
+        limit = read_bandwidth(target)
+        rows: list[dict[str, Any]] = [
+            {
+                "device": target.type, "shape": "", "tokens": 0, "method": "read_bandwidth", "bits": "",
+                "microseconds": _BANDWIDTH_BYTES / limit / 1e3, "packed_gigabytes_per_second": limit,
+                "relative_error": 0.0,
+            }
+        ]  # fmt: skip
+        for shape in shapes:
+            out_features, in_features = parse_shape(shape)
+            weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) * 0.02
+            qw = quantize(weight.to(target), config)
+            dense = dequantize(qw)
+            ways = methods(qw, dense) if target.type != "cuda" else []
+            for count in tokens:
+                rows += bench_shape(ways, dense, count) if ways else bench_shape_cuda(qw, dense, count)
     return rows

@@ -38,13 +38,31 @@ app = typer.Typer(
 _screen = Console(stderr=True)
 _out = Console()
 _WIDE = 110  # characters that the whole comparison table needs
+_MORE_MEMORY = "expected more free memory: close other programs or use a machine with more"
 _ONLY_WIDE = ("weight_relative_mse", "quantize_seconds")
+
+
+def _usable(device: str) -> str:
+    """A device that torch can put a tensor on."""
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.empty(1, device=device).cpu()
+        except Exception as error:  # AssertionError without CUDA, RuntimeError and others for names and numbers
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise TqwError(
+                f"expected --device as cpu, cuda, cuda:1, ..., and one that is here, got {device!r} ({reason}; torch "
+                f"{torch.__version__} sees {torch.cuda.device_count()} CUDA devices): use --device cpu"
+            ) from error
+    return device
+
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's or, in later versions, typer's own
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a GGUF file, or 'demo'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", callback=_usable)]
 Text = Annotated[Path | None, typer.Option(help="A text file; without one, the English of Python's own documentation.")]
 Context = Annotated[int, typer.Option(help="Tokens in a window.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most this many tokens of the text.")]
@@ -516,7 +534,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error}: check the path, its permissions and the free disk space")
     except MemoryError:
-        return _fail("expected more free memory: close other programs or use a machine with more")
+        return _fail(_MORE_MEMORY)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        return _fail(f"{_MORE_MEMORY}, or --device cpu ({str(error).splitlines()[0]})")
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
 

@@ -76,7 +76,7 @@ def footprint(folder: str, device: str = "cpu") -> dict[str, Any]:
     memory = _PeakMemory()
     model = load(folder, device) if is_quantized(source) else load_float(source, device=device)
     speed = decode_speed(model)
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else memory.growth()
+    peak = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory.growth()
     return {"decode_tokens_per_second": speed, "peak_memory_bytes": peak}
 
 
