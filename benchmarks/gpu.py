@@ -10,11 +10,9 @@ cache, in turns with bfloat16. The rotation of tqw is part of its time.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from torch.nn import functional
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig
-from tqw.kernels import cuda, cuda_launch, cuda_plan
+from tqw.kernels import cuda
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -165,20 +163,11 @@ def rows_of_peer(prepare: Callable, shape: str, dense: Tensor) -> Iterator[dict[
 
 
 def compile_all(shapes: Sequence[str]) -> None:
-    """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
-    device = cuda_launch.device_at(torch.cuda.current_device())
-
-    def plan(shape: str, tokens: int, group: int) -> None:
+    """Fill the cache of compiled kernels: the measurements would compile one after the other."""
+    for shape, group in product(shapes, (GROUP, *OTHER_GROUPS)):
         config = QuantConfig(bits=4, group_size=group)
-        qw = empty_weight(bench.parse_shape(shape), config, torch.device("meta"))
-        base, out = cuda._variant(qw, torch.bfloat16), qw.out_features
-        if tokens >= cuda_plan.PROMPT_TOKENS and cuda_plan.is_prompt(base, tokens, out, device):
-            cuda_plan.prompt_launches(base, tokens, out, out, device)
-        else:
-            cuda_plan.linear_plan(base, tokens, out, device)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(plan, *zip(*product(shapes, TOKENS, (GROUP, *OTHER_GROUPS)), strict=True)))
+        qw = empty_weight(bench.parse_shape(shape), config, torch.device("cuda", torch.cuda.current_device()))
+        cuda.compile_ahead(qw, torch.bfloat16, TOKENS)
 
 
 @torch.inference_mode()

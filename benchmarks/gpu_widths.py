@@ -10,11 +10,8 @@ difference, with the default (auto) and with the other choice: all inputs and we
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,7 +24,7 @@ from torch.nn import functional
 
 from tqw import bench, kernels
 from tqw.config import QuantConfig, parse_bits
-from tqw.kernels import cuda, cuda_launch, cuda_plan
+from tqw.kernels import cuda
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 
@@ -50,23 +47,12 @@ def run(activations: str, x: Tensor, qw: QuantizedWeight) -> Tensor:
 
 
 def compile_all() -> None:
-    """Fill the cache of compiled kernels from many threads: the measurements would compile one after the other."""
-    device = cuda_launch.device_at(torch.cuda.current_device())
-
-    def plan(shape: str, bits: str, tokens: int) -> None:
-        qw = empty_weight(bench.parse_shape(shape), QuantConfig(bits=parse_bits(bits)), torch.device("meta"))
-        out = qw.out_features
-        for activations in choices(bits, tokens):
-            base = cuda._variant(qw, torch.bfloat16)
-            if activations != "auto":
-                base = replace(base, planes={"exact": 2, "int8": 1}[activations])
-            if tokens >= cuda_plan.PROMPT_TOKENS and cuda_plan.is_prompt(base, tokens, out, device):
-                cuda_plan.prompt_launches(base, tokens, out, out, device)
-            else:
-                cuda_plan.linear_plan(base, tokens, out, device)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(plan, *zip(*product(SHAPES, BITS, TOKENS), strict=True)))
+    """Fill the cache of compiled kernels: the measurements would compile one after the other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for shape, bits, activations in product(SHAPES, BITS, ("auto", "exact", "int8")):
+        qw = empty_weight(bench.parse_shape(shape), QuantConfig(bits=parse_bits(bits)), device)
+        with mock.patch.object(cuda, "_activations", return_value=activations):
+            cuda.compile_ahead(qw, torch.bfloat16, [n for n in TOKENS if activations in choices(bits, n)])
 
 
 def rows_of(shape: str, bits: str) -> Iterator[dict[str, Any]]:

@@ -78,13 +78,35 @@ def driver(monkeypatch):
         for cached in (
             cuda_plan.linear_plan, cuda_plan.expert_plan, cuda_plan.expert_tokens, cuda_plan.prompt_launches,
             cuda_plan.dequantize_launch, cuda_plan.combine_launch, cuda_plan._function, cuda_launch.resident,
-            cuda_launch.ctas_at_once,
+            cuda_launch.ctas_at_once, cuda._compile_modules,
         ):  # fmt: skip
             cached.cache_clear()
 
     forget()
     yield noted
     forget()
+
+
+@pytest.mark.parametrize("bits", ["4", "6"])
+def test_what_is_compiled_ahead(driver, monkeypatch, bits):
+    """All that calls compile later, and nothing else."""
+    compiled: list[str] = []
+    for module in (cuda, cuda_launch):
+        monkeypatch.setattr(module, "cubin", lambda source, arch: compiled.append(source) or b"")
+    tokens = [1, 2, 3, 8, 16, 24, 64, 256, 2048]
+    qw = quantize(torch.randn(1536, 2048) * 0.05, QuantConfig(bits=bits))
+    for _ in range(2):
+        cuda.compile_ahead(qw, torch.bfloat16, tokens)
+    ahead = sorted(compiled)
+    assert len(ahead) == len(set(ahead)) >= 6
+    compiled.clear()
+    for count in tokens:
+        cuda.linear(torch.randn(count, 2048).bfloat16(), qw, None)
+    assert set(compiled) == set(ahead)
+    different = quantize(torch.randn(16, 256), QuantConfig(bits="3+2", rotation_strategy="different"))
+    compiled.clear()
+    cuda.compile_ahead(different, torch.bfloat16, tokens)
+    assert compiled == []
 
 
 def names(calls: list[tuple[str, Any, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -254,6 +255,11 @@ class TqwLinearMethod(StackedLinear, LinearMethodBase):
             self._share_parameters(layer, layer.__dict__["_tied_to"])
         else:
             super().process_weights_after_loading(layer)
+            config = get_current_vllm_config_or_none()
+            sizes = config.compilation_config.cudagraph_capture_sizes if config else None
+            if config and sizes:  # a graph is captured for each
+                qw = kept_weight(layer, self.rows.weight.rotation)
+                kernels.compile_ahead(qw, config.model_config.dtype, sizes)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return self.rows.embedding(layer, input_, layer.params_dtype)

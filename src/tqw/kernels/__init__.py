@@ -10,7 +10,7 @@ torch.compile, functional, and take plain tensors (lists hold one tensor for eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -180,6 +180,13 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tenso
     if cpu.supports_rows(qw, dtype) is None:
         return cpu.dense_rows(qw, None, dtype)
     return weight.dequantize(qw, dtype)
+
+
+def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int]) -> None:
+    """Compile what `linear` will need for inputs of this dtype and so many tokens, if it is compiled at first use."""
+    x = torch.empty(1, qw.in_features, dtype=dtype, device=qw.device)
+    if x.is_cuda and cuda.supports(x, qw) is None:
+        cuda.compile_ahead(qw, dtype, tokens)
 
 
 def explain(x: Tensor, qw: QuantizedWeight) -> dict[str, str]:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from tqw.errors import TqwError
 from tqw.kernels import cuda_plan, cuda_variant, gpu
-from tqw.kernels.cuda_launch import Device, Launch, borrow, device_at, enter, give_back, launch_all
+from tqw.kernels.cuda_launch import Device, Launch, borrow, cubin, device_at, enter, give_back, launch_all
 from tqw.weight import QuantizedWeight, transform
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -248,7 +250,7 @@ class _Ready:
     def __init__(self, qw: QuantizedWeight, dtype: torch.dtype, in_features: int, device: Device) -> None:
         self.base, self.params, self.device = _variant(qw, dtype), _params(qw, in_features), device
         self.out, self.padded, self.in_features = qw.out_features, qw.padded_in, in_features
-        self.dense = replace(self.base, tile=min(self.base.tile, qw.group_size & -qw.group_size))  # one group to a tile
+        self.dense = cuda_plan.dense_variant(self.base)
         self.size = dtype.itemsize
         self.vectors = self.params.channel % 8 == 0 and (in_features % 8 == 0 or in_features >= self.padded)
         kept = lru_cache(maxsize=_KEPT_CALLS)
@@ -380,6 +382,21 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """T(x) V^T + b: [..., in] -> [..., out], in the dtype of x."""
     with _on(x):
         return _by_pass(x, qw, bias) if gpu.supports_rotation(qw) else _product(x, _ready(qw, x), bias)
+
+
+def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int]) -> None:
+    """Compile what `linear` will need for x of this dtype and so many tokens, on all cores. A server that captures
+    graphs of dozens of numbers of tokens would compile one kernel after the other."""
+    if gpu.supports_rotation(qw) is None:
+        device = device_at(qw.packed[0].get_device())
+        _compile_modules(_variant(qw, dtype), frozenset(tokens), qw.out_features, device)
+
+
+@lru_cache(maxsize=512)
+def _compile_modules(base: cuda_variant.Variant, tokens: frozenset[int], out: int, device: Device) -> None:
+    modules = {cuda_plan.linear_module(base, count, out, device) for count in tokens}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda module: cubin(module.source(), device.arch), modules))
 
 
 def linear_again(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor | None:

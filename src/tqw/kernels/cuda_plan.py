@@ -176,16 +176,22 @@ def _ring(variant: Variant, tokens: int, sizes: _Sizes) -> tuple[int, int]:
     return (5, 3) if sizes.busy < 0.83 else (4 if split == 2 else 3, 1)
 
 
+def _fitting(variant: Variant, tokens: int, device: Device) -> Variant | None:
+    """With as much of the ring as shared memory has room for; None: the transformed tokens do not fit."""
+    rings = range(variant.ring, 0, -1)
+    fitting = (replace(variant, ring=ring) for ring in rings)
+    return next((v for v in fitting if v.shared_bytes(tokens, 1) <= device.shared_bytes), None)
+
+
 def decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: int = 1) -> Plan | None:
     """The decode kernel for a few tokens; None: the transformed tokens do not fit.
 
     pairs: so many times one token, each with an expert of its own.
     """
-    limit = device.shared_bytes
-    while variant.shared_bytes(tokens, 1) > limit:
-        if variant.ring == 1:
-            return None
-        variant = replace(variant, ring=variant.ring - 1)
+    fitting, limit = _fitting(variant, tokens, device), device.shared_bytes
+    if fitting is None:
+        return None
+    variant = fitting
     cluster, function = max(variant.cluster, variant.split), _function(variant, "tqw_decode", device)
     sets = -(-out // 16 // (variant.warps // variant.share))
     places = max(1, resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
@@ -497,22 +503,40 @@ def decode_tokens(base: Variant, out: int, device: Device) -> int:
     return _WIDE_TOKENS if sizes.wide and not even and takes_8_bits(base, device) else _DECODE_TOKENS
 
 
+def _linear_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
+    if tokens <= decode_tokens(base, out, device):
+        variant = _fitting(decode_variant(base, tokens, out, device), tokens, device)
+        if variant is not None:
+            return variant
+    return middle_variant(base, tokens, out, device)
+
+
 @lru_cache(maxsize=4096)
 def linear_plan(base: Variant, tokens: int, out: int, device: Device) -> Plan | None:
     """The one launch or two that take so many tokens; None: too many for the kernels of this file."""
-    if tokens <= decode_tokens(base, out, device):
-        plan = decode_plan(decode_variant(base, tokens, out, device), tokens, out, device)
-        if plan is not None:
-            return plan
-    variant = middle_variant(base, tokens, out, device)
-    return None if variant is None else middle_plan(variant, tokens, out, device)
+    variant = _linear_variant(base, tokens, out, device)
+    if variant is None:
+        return None
+    return (middle_plan if variant.columns else decode_plan)(variant, tokens, out, device)
+
+
+def dense_variant(base: Variant) -> Variant:
+    """The variant of dense.cu: one group to a tile."""
+    return replace(base, tile=min(base.tile, base.group & -base.group), dense=True)
+
+
+def linear_module(base: Variant, tokens: int, out: int, device: Device) -> Variant:
+    """The module of a call with so many tokens, prompts and dense rows included."""
+    if tokens >= PROMPT_TOKENS and is_prompt(base, tokens, out, device):
+        return prompt_variant(base)
+    return _linear_variant(base, tokens, out, device) or dense_variant(base)
 
 
 @lru_cache(maxsize=4096)
 def dequantize_launch(variant: Variant, rows: int, device: Device) -> Launch:
     across = -(-variant.padded_in // variant.block // 4)
     down = min(-(-rows // 16), max(1, device.multiprocessors * 3 // across))
-    return Launch(_function(replace(variant, dense=True), "tqw_dequantize", device), (across, down), 128, 0, device)
+    return Launch(_function(variant, "tqw_dequantize", device), (across, down), 128, 0, device)
 
 
 @lru_cache(maxsize=4096)
