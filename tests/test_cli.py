@@ -215,7 +215,7 @@ def test_compare_takes_targets(model, capsys):
         (("verify", "FLOAT"), "tqw quantized"),
         (("bench", "--shapes", "12"), "NxK"),
         (("bench", "--batch", "zero"), "--batch"),
-        (("bench", "--device", "cuda:99"), "expected --device as cpu, cuda, cuda:1, ..., and one that is here"),
+        (("bench", "--device", "cuda:99"), "expected --device as auto, cpu, cuda, cuda:1, ..., and one that is here"),
         (("quantize", "FLOAT", "-o", "x", "--device", "cuda:99"), "use --device cpu"),
         (("generate", "FLOAT", "--prompt", "a", "--device", "gpu"), "got 'gpu'"),
         (("eval", "FLOAT", "--text", "TEXT", "--device", "meta"), "got 'meta'"),
@@ -247,6 +247,20 @@ def test_interrupting_exits_130_and_says_how_to_go_on(model, capsys, monkeypatch
     monkeypatch.undo()
     code, _, _ = run(capsys, "quantize", model / "float", "-o", model / "out", "--resume")
     assert code == 0
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, "cpu"), (10**9, "cuda"), (10**5, "cpu")])
+def test_auto_is_the_gpu_if_there_is_one_and_has_room(model, capsys, monkeypatch, free, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: free is not None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    places = []
+    monkeypatch.setattr("tqw.pretrained.plan", lambda *arguments: places.append(arguments[5]))
+    monkeypatch.setattr(cli, "_show_report", lambda *_: None)
+    code, _, stderr = run(capsys, "quantize", model / "float", "--dry-run")
+    assert (code, places) == (0, [expected])
+    assert ("on the CPU: some 0.0 GB would be needed" in " ".join(stderr.split())) == (free == 10**5)
+    code, _, _ = run(capsys, "quantize", model / "float", "--dry-run", "--device", "cpu")
+    assert (code, places[1:]) == (0, ["cpu"])
 
 
 def test_too_little_memory_is_one_sentence(model, capsys, monkeypatch):

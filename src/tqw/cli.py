@@ -43,8 +43,8 @@ _ONLY_WIDE = ("weight_relative_mse", "quantize_seconds")
 
 
 def _usable(device: str) -> str:
-    """A device that torch can put a tensor on."""
-    if device != "cpu":
+    """auto, or a device that torch can put a tensor on."""
+    if device not in ("auto", "cpu"):
         import torch
 
         try:
@@ -52,7 +52,7 @@ def _usable(device: str) -> str:
         except Exception as error:  # AssertionError without CUDA, RuntimeError and others for names and numbers
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise TqwError(
-                f"expected --device as cpu, cuda, cuda:1, ..., and one that is here, got {device!r} ({reason}; torch "
+                f"expected --device as auto, cpu, cuda, cuda:1, ..., and one that is here, got {device!r} ({reason}; torch "
                 f"{torch.__version__} sees {torch.cuda.device_count()} CUDA devices): use --device cpu"
             ) from error
     return device
@@ -62,7 +62,10 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # click's or, in later versi
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a GGUF file, or 'demo'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", callback=_usable)]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, ...; auto is the GPU, if there is one and has room.", callback=_usable),
+]
 Text = Annotated[Path | None, typer.Option(help="A text file; without one, the English of Python's own documentation.")]
 Context = Annotated[int, typer.Option(help="Tokens in a window.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most this many tokens of the text.")]
@@ -135,6 +138,24 @@ def _config(bits: str, group_size: int, rotation: str, rotation_strategy: str, s
     )  # fmt: skip
 
 
+def _place(device: str, times: float, *models: str | None) -> str:
+    """The device; of auto the GPU if its free memory holds `times` the weights of the models, else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    from tqw.source import find
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    free = torch.cuda.mem_get_info()[0]
+    needed = times * sum(find(model).nbytes() for model in models if model is not None)
+    if needed <= free:
+        return "cuda"
+    _say(f"on the CPU: some {needed / 1e9:.1f} GB would be needed, the GPU has {free / 1e9:.1f} GB free")
+    return "cpu"
+
+
 def _load_any(name: str, device: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a float or quantized MODEL."""
     from tqw.pretrained import load
@@ -172,7 +193,7 @@ def quantize(
     lm_head: Annotated[str | None, typer.Option(help="Bits of the output embedding or auto; kept when absent.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
     workers: Annotated[int, typer.Option(help="Layers quantized at once.")] = 1,
-    device: Device = "cpu",
+    device: Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run with the same settings.")
     ] = False,
@@ -191,19 +212,23 @@ def quantize(
     embedding, lm_head = ("8" if width == "auto" else width for width in (embedding, lm_head))
     config = _config(bits, group_size, rotation, rotation_strategy, scale, seed, override, embedding, lm_head)
     if dry_run:
+        device = _place(device, 1.5, model)
         with _progress() as progress:
             report = plan(model, config, target_bpw, calibrate, free, device, progress)
         _show_report(report, as_json)
         return
     if output == Path():
         raise TqwError("expected an output directory: add -o OUT")
+    device = _place(device, 2.5 if refine else 1.5, model)  # gptq peaks at 1.4 (docs/quality.md)
     start = time.perf_counter()
     with _progress() as progress:
         report = quantize_pretrained(
             model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, refine=refine,
             device=device, workers=workers, resume=resume, shim=shim, progress=progress,
         )  # fmt: skip
-    _say(f"wrote {output} in {time.perf_counter() - start:.0f} s; try: tqw generate {output} --prompt 'Hello'")
+    _say(
+        f"wrote {output} in {time.perf_counter() - start:.0f} s ({device}); try: tqw generate {output} --prompt 'Hello'"
+    )
     _show_report(report, as_json)
 
 
@@ -237,7 +262,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks instead of a text, comma-separated: arc_easy,...")] = "",
     include_path: Annotated[Path | None, typer.Option(help="A directory with lm-eval tasks of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples of each task.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL on a text; with a reference also mean KLD and top-1 agreement; or scores on tasks."""
@@ -247,6 +272,7 @@ def evaluate(
     from tqw.evaluate import windows
     from tqw.report import document
 
+    device = _place(device, 1.3, model, reference)
     if tasks:
         _evaluate_tasks(model, reference, tasks, include_path, limit, device, as_json)
         return
@@ -339,7 +365,7 @@ def compare(
     footprint: Annotated[
         bool, typer.Option(help="Also measure decode speed and memory, each in a new process.")
     ] = True,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """MODEL at several configs and the baselines in one table."""
@@ -350,7 +376,7 @@ def compare(
     _expect_folder(output)
     labels = [label.strip() for label in configs.split(",") if label.strip()]
     words, origin = _text(text)
-    source = find(model)
+    source, device = find(model), _place(device, 3, model)  # the float model, a quantized copy, one more to measure
     with _screen.status(f"loading {model}"):
         loaded, tokenizer = load_float(source, device=device), load_tokenizer(source)
     ids = windows(tokenizer, words, context, max_tokens)
@@ -376,13 +402,13 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template when it has one.")] = True,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Greedy text from a float or quantized MODEL."""
     from tqw.generate import generate as run
 
-    loaded, tokenizer = _load_any(model, device)
+    loaded, tokenizer = _load_any(model, _place(device, 1.2, model))
     start = time.perf_counter()
     with _progress() as progress:
         answer, tokens = run(loaded, tokenizer, prompt, max_new_tokens, chat=chat, on_token=progress)
@@ -396,7 +422,7 @@ def generate(
 
 @app.command()
 def bench(
-    device: Device = "cpu",
+    device: Device = "auto",
     shapes: Annotated[str, typer.Option(help="out_features x in_features as NxK, comma-separated.")] = "",
     batch: Annotated[str, typer.Option(help="Numbers of tokens, comma-separated.")] = "1,16,128",
     bits: Annotated[str, typer.Option(help="Bits of the quantized weight.")] = "4",
@@ -414,7 +440,7 @@ def bench(
     if not tokens or min(tokens) < 1:
         raise TqwError(f"expected --batch as numbers of tokens such as 1,8,128, got {batch!r}")
     with _screen.status("timing"):
-        rows = run(device, [s for s in shapes.split(",") if s] or DEFAULT_SHAPES, tokens, bits)
+        rows = run(_place(device, 0), [s for s in shapes.split(",") if s] or DEFAULT_SHAPES, tokens, bits)
     if as_json:
         _print_json(document(rows))
         return

@@ -47,6 +47,12 @@ class Source:
         entries = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
+    def nbytes(self) -> int:
+        """Bytes that its weights take in memory; GGUF files of some 4 bits are dequantized to float32."""
+        if self.gguf:
+            return 8 * (self.folder / self.gguf).stat().st_size
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
 
 def find(name: str) -> Source:
     """MODEL as the user wrote it -> where it lies on this disk; downloads a hub id or the demo model."""
