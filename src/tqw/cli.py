@@ -52,8 +52,8 @@ def _usable(device: str) -> str:
         except Exception as error:  # AssertionError without CUDA, RuntimeError and others for names and numbers
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise TqwError(
-                f"expected --device as auto, cpu, cuda, cuda:1, ..., and one that is here, got {device!r} ({reason}; torch "
-                f"{torch.__version__} sees {torch.cuda.device_count()} CUDA devices): use --device cpu"
+                f"expected --device as auto, cpu, cuda, cuda:1, ..., and one that is here, got {device!r} ({reason}; "
+                f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices): use --device cpu"
             ) from error
     return device
 
@@ -226,9 +226,8 @@ def quantize(
             model, output, config, method=method, calibrate=calibrate, target_bpw=target_bpw, free=free, refine=refine,
             device=device, workers=workers, resume=resume, shim=shim, progress=progress,
         )  # fmt: skip
-    _say(
-        f"wrote {output} in {time.perf_counter() - start:.0f} s ({device}); try: tqw generate {output} --prompt 'Hello'"
-    )
+    seconds = time.perf_counter() - start
+    _say(f"wrote {output} in {seconds:.0f} s ({device}); try: tqw generate {output} --prompt 'Hello'")
     _show_report(report, as_json)
 
 
