@@ -110,6 +110,8 @@ def _train(rank: int, how: str, folder: str) -> None:
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_adapters_train_on_a_frozen_base_in_two_processes(how, tmp_path):
+    if how == "fsdp2" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        pytest.skip("fully_shard of torch 2.9 and 2.11 takes no integer parameters")
     multiprocessing.spawn(_train, (how, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / f"{how}.pt")
     expected = _steps(_adapter(), token_ids())
