@@ -263,14 +263,23 @@ def test_auto_is_the_gpu_if_there_is_one_and_has_room(model, capsys, monkeypatch
     assert (code, places[1:]) == (0, ["cpu"])
 
 
-def test_too_little_memory_is_one_sentence(model, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_sentence(model, capsys, monkeypatch, error):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        raise error
 
     monkeypatch.setattr("tqw.pretrained.quantize_model", full)
     code, _, stderr = run(capsys, "quantize", model / "float", "-o", model / "out", "--calibrate", "none")
     assert code == 2
     assert "expected more free memory" in " ".join(stderr.split())
+    assert ("--device cpu" in " ".join(stderr.split())) == isinstance(error, torch.OutOfMemoryError)
     assert not (model / "out").exists()
 
 

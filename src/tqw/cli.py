@@ -271,11 +271,12 @@ def evaluate(
     from tqw.evaluate import windows
     from tqw.report import document
 
-    device = _place(device, 1.3, model, reference)
     if tasks:
+        device = _place(device, 1.3, model, reference)
         _evaluate_tasks(model, reference, tasks, include_path, limit, device, as_json)
         return
     words, origin = _text(text)
+    device = _place(device, 1.3, model, reference)
     loaded, tokenizer = _load_any(model, device)
     ids = windows(tokenizer, words, context, max_tokens)
     other = None if reference is None else _load_any(reference, device)[0]
@@ -561,9 +562,11 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(_MORE_MEMORY)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
-            raise
-        return _fail(f"{_MORE_MEMORY}, or --device cpu ({str(error).splitlines()[0]})")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            return _fail(f"{_MORE_MEMORY}, or --device cpu ({str(error).splitlines()[0]})")
+        if "can't allocate memory" in str(error):
+            return _fail(_MORE_MEMORY)
+        raise
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
 

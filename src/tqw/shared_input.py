@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tqw import kernels
 from tqw.kernels import cpu
@@ -194,9 +193,9 @@ class SharedInput:
         return cpu.linears(x, weights, [member.bias for member in self.layers])
 
     def _join(self, device: torch.device) -> JoinedWeight | None:
-        """The layers' weights as one, if all are on the device (offloaded layers come one by one) and whole."""
+        """The layers' weights as one, if all are on the device (offloaded layers come one by one) and plain tensors."""
         weights = [member.quantized_weight for member in self.layers]
-        if any(qw.device != device or isinstance(qw.packed[0], DTensor) for qw in weights):
+        if any(qw.device != device or hasattr(qw.packed[0], "to_local") for qw in weights):
             self.joined = None
             return None
         if self.joined is None or not self.joined.holds(weights):
