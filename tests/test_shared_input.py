@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import pytest
 import safetensors.torch
 import torch
@@ -153,15 +154,31 @@ def test_joined_weights_stay_what_they_were(bits):
 
 
 def test_joined_weights_are_saved_one_by_one(tmp_path):
+    """Nobody takes them for tied weights, of which all but one need not be written."""
     model = family()
     state = copy.deepcopy(model.state_dict())
     assert join([layer.quantized_weight for layer in (model.q_proj, model.k_proj, model.v_proj)]) is not None
     safetensors.torch.save_file(model.state_dict(), tmp_path / "file")
+    safetensors.torch.save_model(model, str(tmp_path / "model"))
     torch.save(model.state_dict(), tmp_path / "pickle")
-    for again in (safetensors.torch.load_file(tmp_path / "file"), torch.load(tmp_path / "pickle")):
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "accelerate")
+    files = [tmp_path / "file", tmp_path / "model", tmp_path / "accelerate" / "model.safetensors"]
+    for again in (*map(safetensors.torch.load_file, files), torch.load(tmp_path / "pickle")):
         assert again.keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
-    assert (tmp_path / "file").stat().st_size < 1.1 * sum(tensor.nbytes for tensor in state.values()) + 2000
+    for file in (*files, tmp_path / "pickle"):
+        assert file.stat().st_size < 1.1 * sum(tensor.nbytes for tensor in state.values()) + 6000
+
+
+def test_joined_weights_keep_their_memory():
+    model = family()
+    layers = (model.q_proj, model.k_proj, model.v_proj)
+    before = [dequantize(layer.quantized_weight) for layer in layers]
+    assert join([layer.quantized_weight for layer in layers]) is not None  # and gone at once
+    del model.q_proj, layers
+    torch.full((1 << 16,), 255, dtype=torch.uint8)
+    assert torch.equal(dequantize(model.k_proj.quantized_weight), before[1])
+    assert torch.equal(dequantize(model.v_proj.quantized_weight), before[2])
 
 
 def test_weights_that_differ_are_not_joined():

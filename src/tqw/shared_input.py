@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore
 
 from tqw import kernels
 from tqw.kernels import cpu
@@ -43,7 +44,7 @@ def _moment(x: Tensor) -> object:
 
 
 class JoinedWeight:
-    """Several weights as one: their rows follow each other in memory, and they are views of it."""
+    """Several weights as one: their rows follow each other in memory."""
 
     def __init__(self, weight: QuantizedWeight, parts: Sequence[QuantizedWeight]) -> None:
         self.weight = weight
@@ -52,7 +53,7 @@ class JoinedWeight:
         self.channel_scales = [qw.channel_scale[0].detach() for qw in parts]  # nothing else comes to lie there
 
     def holds(self, weights: Sequence[QuantizedWeight]) -> bool:
-        """Whether the weights are still those views, with the channel scales that were compared."""
+        """Whether the weights still lie there, with the channel scales that were compared."""
         return _state(weights) == self.parts
 
 
@@ -68,9 +69,14 @@ def _state(weights: Sequence[QuantizedWeight]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors), *[-1 if scale.is_inference() else scale._version for scale in scales]]
 
 
+def _apart(rows: Tensor) -> Tensor:
+    """The same memory as a storage of its own: of views of one storage accelerate saves the first alone, as if tied."""
+    return from_dlpack(to_dlpack(rows))
+
+
 @torch.no_grad()
 def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
-    """Move the rows of weights that share their input into one piece of memory; their tensors become views of it.
+    """Move the rows of weights that share their input into one piece of memory, in which their tensors lie then.
 
     None, and nothing moved, where they cannot be computed as one: other widths, groups or channel scales.
     """
@@ -90,7 +96,7 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
         row = 0
         for qw in weights:
             for stack, tensor in zip(stacks, _stacked(qw), strict=True):
-                tensor.data = stack[row : row + qw.out_features]
+                tensor.data = _apart(stack[row : row + qw.out_features])
             row += qw.out_features
     passes = len(first.packed)
     weight = replace(first, packed=tuple(stacks[:passes]), weight_scale=tuple(stacks[passes:]))
