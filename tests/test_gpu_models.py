@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import free_port, letters_tokenizer, replayed, tiny, token_ids
 
@@ -119,6 +120,15 @@ def test_layers_offloaded_to_the_cpu_run_on_the_gpu(stored, kept):
         check(logits(model), expected)
 
 
+def test_a_model_saved_from_the_gpu_is_whole(stored, tmp_path):
+    model = from_pretrained(stored / "out", device_map="cuda")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(tmp_path / "again", device_map="cuda")), expected)
+    safetensors.torch.save_model(model, str(tmp_path / "model"))
+    assert safetensors.torch.load_file(tmp_path / "model").keys() == model.state_dict().keys()
+
+
 def test_an_adapter_is_trained(stored):
     import peft
 
@@ -158,6 +168,8 @@ def test_the_command_line(stored, tmp_path, capsys):
     assert run("generate", out, "--prompt", "hello", "--max-new-tokens", "4")["tokens"] <= 4
     report = run("compare", stored / "float", "--configs", "original,4", "--text", text, "-o", tmp_path / "report")
     assert len(report["rows"]) == 3
+    assert cli._place("auto", 1.5, str(stored / "float")) == "cuda"
+    assert cli._place("auto", 1e9, str(stored / "float")) == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------------- two GPUs
