@@ -57,6 +57,12 @@ def test_a_directory_that_tqw_wrote(settings, tmp_path):
     tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", tqw.QuantConfig(**settings), calibrate="random")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(model), logits(tqw.load(tmp_path / "out")))
+    for dtype in (torch.float32, torch.bfloat16):  # of a quantized embedding the first parameters are no sign of it
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert model.dtype == again.dtype == dtype
+        assert torch.equal(logits(again), logits(model))
 
 
 def test_generate_and_dequantize(tmp_path):

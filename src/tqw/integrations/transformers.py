@@ -12,6 +12,7 @@ peak it is the dense model. Written for both generations of transformers' hooks 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +40,24 @@ from tqw.pretrained import (
 _MATRIX_KEY = rf"{ROTATION_MATRIX}$"
 OLDEST = (5, 16)  # transformers whose hooks this file is written for
 CALIBRATIONS = ("self", "random", "none")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Of the first floating-point parameter, stored scales aside."""
+    for module in model.modules():
+        stored = ("scale", ROTATION_MATRIX) if isinstance(module, QUANTIZED_LAYERS) else ()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and not name.endswith(stored):
+                return parameter.dtype
+    return None
+
+
+@lru_cache(maxsize=1)
+def _ask_no_scale_for_the_dtype() -> None:
+    """`PreTrainedModel.dtype`, which `save_pretrained` writes and `generate` uses, is that of the first parameter. Of a
+    model whose embedding is quantized that is a scale in float16: a bfloat16 model would come back in float16."""
+    first: Any = transformers.PreTrainedModel.dtype
+    transformers.PreTrainedModel.dtype = property(lambda self: dtype_of(self) or first.fget(self))  # type: ignore
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -172,6 +191,7 @@ class TransformersQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
+        _ask_no_scale_for_the_dtype()
         model._weight_conversions = []  # stored names are parameter names, experts included
         drop_shim(model.config)
         if self.pre_quantized:
@@ -189,9 +209,14 @@ class TransformersQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """The matrix that layers of rotation `qr` share is stored once, under its own name."""
+        """The matrix that layers of rotation `qr` share is stored once, under its own name; of tied parameters, scales
+        included, one is stored."""
         del args, kwargs
-        return {stored_name(key, tensor): tensor for key, tensor in model.state_dict().items()}, {}
+        state, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
+        for key, source in tied.items():
+            if key in state and source in state and state[key].data_ptr() == state[source].data_ptr():
+                del state[key]
+        return {stored_name(key, tensor): tensor for key, tensor in state.items()}, {}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         del model, param_name, kwargs
