@@ -97,7 +97,7 @@ def main() -> None:
     for shape in SHAPES:
         if shape.name in arguments.models:
             rows += measure(shape)
-            write_json(arguments.output, document(rows, transformers=transformers.__version__))
+            write_json(arguments.output, document(rows))
 
 
 if __name__ == "__main__":

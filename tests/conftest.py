@@ -105,6 +105,25 @@ def inputs_of(model: torch.nn.Module, name: str, ids: torch.Tensor) -> torch.Ten
     return torch.cat(seen).flatten(0, -2)
 
 
+def training_losses(model: Any, ids: torch.Tensor) -> list[float]:
+    """Of four steps on the same batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def become_rank(rank: int, port: int | str) -> None:
+    """One of two processes on this machine, as torchrun would tell it."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -10,7 +10,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from conftest import tiny, token_ids
+from conftest import tiny, token_ids, training_losses
 from torch import distributed, multiprocessing
 
 import tqw
@@ -70,18 +70,6 @@ def _adapter():
     )
 
 
-def _steps(model, ids: torch.Tensor) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses
-
-
 def _train(rank: int, how: str, folder: str) -> None:
     """One of two processes; both see the same batch, so the losses must be those of one process alone."""
     torch.set_num_threads(1)
@@ -98,7 +86,7 @@ def _train(rank: int, how: str, folder: str) -> None:
         for layer in model.get_submodule("base_model.model.model.layers").children():
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    losses = _steps(wrapped, token_ids())
+    losses = training_losses(wrapped, token_ids())
     after = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").weight
     whole = after.full_tensor() if hasattr(after, "full_tensor") else after
     if rank == 0:
@@ -114,7 +102,7 @@ def test_adapters_train_on_a_frozen_base_in_two_processes(how, tmp_path):
         pytest.skip("fully_shard of torch 2.9 and 2.11 takes no integer parameters")
     multiprocessing.spawn(_train, (how, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / f"{how}.pt")
-    expected = _steps(_adapter(), token_ids())
+    expected = training_losses(_adapter(), token_ids())
     assert found["losses"] == pytest.approx(expected, rel=1e-3)
     assert found["losses"][-1] < found["losses"][0]
     assert found["kept"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import free_port, letters_tokenizer, replayed, tiny, token_ids
+from conftest import become_rank, free_port, letters_tokenizer, replayed, tiny, token_ids, training_losses
 
 import tqw
 from tqw import cli, kernels
@@ -137,15 +136,7 @@ def test_an_adapter_is_trained(stored):
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = peft.get_peft_model(tqw.load(stored / "out"), settings).to(device)
-        ids = token_ids().to(device)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses[device] = []
-        for _ in range(4):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[device].append(float(loss))
+        losses[device] = training_losses(model, token_ids().to(device))
     assert losses["cuda"][-1] < losses["cuda"][0]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-2)
 
@@ -260,9 +251,7 @@ def test_a_model_on_two_gpus(stored, places):
 def _on_two_gpus(rank: int, folder: str, port: int) -> None:
     from transformers.distributed import DistributedConfig
 
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ[name] = str(value)
-    os.environ["MASTER_PORT"] = str(port)
+    become_rank(rank, port)
     model = from_pretrained(Path(folder, "out"), distributed_config=DistributedConfig(tp_size=2)).eval()
     torch.save(logits(model, f"cuda:{rank}"), Path(folder, f"rank{rank}.pt"))
     torch.distributed.barrier()

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import free_port, tiny, token_ids
+from conftest import become_rank, free_port, tiny, token_ids
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -206,9 +206,7 @@ def _on_two_ranks(rank: int, folder: str) -> None:
     from transformers.distributed import DistributedConfig
 
     torch.set_num_threads(1)
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ[name] = str(value)
-    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    become_rank(rank, Path(folder, "port").read_text())
     try:
         model = AutoModelForCausalLM.from_pretrained(
             Path(folder, "out"), distributed_config=DistributedConfig(tp_size=2)

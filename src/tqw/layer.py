@@ -19,6 +19,7 @@ from tqw.shared_input import SharedInput
 from tqw.weight import QuantizedWeight, quantize
 
 ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
+STORED_FLOATS = ("scale", ROTATION_MATRIX)  # how names end whose dtype is the format's, not the model's
 
 
 def _residual(index: int) -> str:
@@ -143,7 +144,7 @@ class QuantizedLinear(nn.Linear):
 
 def keeping_format(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn` of `Module._apply`, but stored scales and matrices only change their device, never their dtype."""
-    stored = {id(p) for name, p in module._parameters.items() if name.endswith(("scale", ROTATION_MATRIX))}
+    stored = {id(p) for name, p in module._parameters.items() if name.endswith(STORED_FLOATS)}
 
     def apply(tensor: Tensor) -> Tensor:
         result = fn(tensor)

@@ -69,6 +69,12 @@ def _state(weights: Sequence[QuantizedWeight]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors), *[-1 if scale.is_inference() else scale._version for scale in scales]]
 
 
+def _alike(weights: Sequence[QuantizedWeight]) -> bool:
+    """Whether they could be the rows of one weight: all but their channel scales, which take a look at the values."""
+    kinds = {(qw.bits, qw.group_size, qw.rotation) for qw in weights}
+    return len(kinds) == 1 and all(qw.rotation != "qr" and qw.shares_rotation for qw in weights)
+
+
 def _apart(rows: Tensor) -> Tensor:
     """The same memory as a storage of its own: of views of one storage accelerate saves the first alone, as if tied."""
     return from_dlpack(to_dlpack(rows))
@@ -81,11 +87,10 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
     None, and nothing moved, where they cannot be computed as one: other widths, groups or channel scales.
     """
     first = weights[0]
-    if first.rotation == "qr" or not first.shares_rotation:
+    if not _alike(weights):
         return None
     for qw in weights:
-        alike = (qw.bits, qw.group_size, qw.rotation) == (first.bits, first.group_size, first.rotation)
-        if not alike or not qw.shares_rotation or qw.packed[0].stride(0) % 16:
+        if qw.packed[0].stride(0) % 16:
             return None
         if not torch.equal(qw.channel_scale[0], first.channel_scale[0]):
             return None
@@ -136,15 +141,9 @@ class SharedInput:
         self.layers = list(layers)
         self._forget()
         weights = [layer.quantized_weight for layer in layers]
-        first = weights[0]
-        self.one_op = all(
-            qw.rotation != "qr"
-            and qw.shares_rotation
-            and (qw.bits, qw.group_size, qw.rotation) == (first.bits, first.group_size, first.rotation)
-            for qw in weights
-        )
-        if first.device.type == "cuda":  # for calls that are all compiled or captured
-            self._join(first.device)
+        self.one_op, device = _alike(weights), weights[0].device
+        if device.type == "cuda":  # for calls that are all compiled or captured
+            self._join(device)
 
     def _forget(self) -> None:
         self.misses = 0

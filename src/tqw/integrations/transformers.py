@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tqw.config import FORMAT_VERSION, QUANT_METHOD, QuantConfig
 from tqw.errors import TqwError
 from tqw.integrations.serving import check_columns
-from tqw.layer import ROTATION_MATRIX, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from tqw.layer import ROTATION_MATRIX, STORED_FLOATS, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from tqw.model import empty_model_, quantize_model, share_inputs
 from tqw.pretrained import (
     QUANTIZED_LAYERS,
@@ -42,10 +42,10 @@ OLDEST = (5, 16)  # transformers whose hooks this file is written for
 CALIBRATIONS = ("self", "random", "none")
 
 
-def dtype_of(model: nn.Module) -> torch.dtype | None:
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
     """Of the first floating-point parameter, stored scales aside."""
     for module in model.modules():
-        stored = ("scale", ROTATION_MATRIX) if isinstance(module, QUANTIZED_LAYERS) else ()
+        stored = STORED_FLOATS if isinstance(module, QUANTIZED_LAYERS) else ()
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and not name.endswith(stored):
                 return parameter.dtype
@@ -57,7 +57,7 @@ def _ask_no_scale_for_the_dtype() -> None:
     """`PreTrainedModel.dtype`, which `save_pretrained` writes and `generate` uses, is that of the first parameter. Of a
     model whose embedding is quantized that is a scale in float16: a bfloat16 model would come back in float16."""
     first: Any = transformers.PreTrainedModel.dtype
-    transformers.PreTrainedModel.dtype = property(lambda self: dtype_of(self) or first.fget(self))  # type: ignore
+    transformers.PreTrainedModel.dtype = property(lambda self: _dtype_of(self) or first.fget(self))  # type: ignore
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -178,8 +178,7 @@ def _ring(variant: Variant, tokens: int, sizes: _Sizes) -> tuple[int, int]:
 
 def _fitting(variant: Variant, tokens: int, device: Device) -> Variant | None:
     """With as much of the ring as shared memory has room for; None: the transformed tokens do not fit."""
-    rings = range(variant.ring, 0, -1)
-    fitting = (replace(variant, ring=ring) for ring in rings)
+    fitting = (replace(variant, ring=ring) for ring in range(variant.ring, 0, -1))
     return next((v for v in fitting if v.shared_bytes(tokens, 1) <= device.shared_bytes), None)
 
 
@@ -188,10 +187,10 @@ def decode_plan(variant: Variant, tokens: int, out: int, device: Device, pairs: 
 
     pairs: so many times one token, each with an expert of its own.
     """
-    fitting, limit = _fitting(variant, tokens, device), device.shared_bytes
+    fitting = _fitting(variant, tokens, device)
     if fitting is None:
         return None
-    variant = fitting
+    variant, limit = fitting, device.shared_bytes
     cluster, function = max(variant.cluster, variant.split), _function(variant, "tqw_decode", device)
     sets = -(-out // 16 // (variant.warps // variant.share))
     places = max(1, resident(function, 32 * variant.warps, cluster, device) // pairs) * cluster // variant.split
@@ -504,11 +503,9 @@ def decode_tokens(base: Variant, out: int, device: Device) -> int:
 
 
 def _linear_variant(base: Variant, tokens: int, out: int, device: Device) -> Variant | None:
-    if tokens <= decode_tokens(base, out, device):
-        variant = _fitting(decode_variant(base, tokens, out, device), tokens, device)
-        if variant is not None:
-            return variant
-    return middle_variant(base, tokens, out, device)
+    few = tokens <= decode_tokens(base, out, device)
+    variant = _fitting(decode_variant(base, tokens, out, device), tokens, device) if few else None
+    return variant or middle_variant(base, tokens, out, device)
 
 
 @lru_cache(maxsize=4096)
