@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -233,6 +233,17 @@ class TqwConfig(QuantizationConfig):
 # ---------------------------------------------------------------------------------------------------- the layers
 
 
+def token_counts(layer: nn.Module, config: VllmConfig) -> list[int]:
+    """Numbers of tokens that need all kernels a server will ask of a linear: it compiles none while it answers."""
+    scheduler = config.scheduler_config
+    if isinstance(layer, VocabParallelEmbedding):  # one token of each sequence, if it is a head at all
+        head = isinstance(layer, ParallelLMHead) or config.model_config.hf_text_config.tie_word_embeddings
+        return list(range(1, scheduler.max_num_seqs + 1)) if head else []
+    sizes = config.compilation_config.cudagraph_capture_sizes or list(range(1, 513))  # others are padded to these
+    # the choice of a kernel changes at fewer and fewer numbers of tokens
+    return [*sizes, *range(max(sizes), scheduler.max_num_batched_tokens, 64), scheduler.max_num_batched_tokens]
+
+
 @register_weight_loader_v2_supported_method
 class TqwLinearMethod(StackedLinear, LinearMethodBase):
     """vLLM's linears, output embeddings and input embeddings."""
@@ -255,11 +266,10 @@ class TqwLinearMethod(StackedLinear, LinearMethodBase):
             self._share_parameters(layer, layer.__dict__["_tied_to"])
         else:
             super().process_weights_after_loading(layer)
+            qw = kept_weight(layer, self.rows.weight.rotation)
             config = get_current_vllm_config_or_none()
-            sizes = config.compilation_config.cudagraph_capture_sizes if config else None
-            if config and sizes:  # a graph is captured for each
-                qw = kept_weight(layer, self.rows.weight.rotation)
-                kernels.compile_ahead(qw, config.model_config.dtype, sizes)
+            if config is not None:
+                kernels.compile_ahead(qw, config.model_config.dtype, token_counts(layer, config))
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return self.rows.embedding(layer, input_, layer.params_dtype)
