@@ -117,10 +117,10 @@ def own_row(method: str, qw: QuantizedWeight, dense: Tensor, shape: str, tokens:
 
 def exact_row(qw: QuantizedWeight, dense: Tensor, shape: str, tokens: int) -> dict[str, Any]:
     """The op as TQW_CUDA_ACTIVATIONS=exact computes it."""
-    cuda._READY.clear()
+    cuda.forget()
     with mock.patch.object(cuda, "_activations", return_value="exact"):
         row = own_row("tqw_exact", qw, dense, shape, tokens)
-    cuda._READY.clear()
+    cuda.forget()
     return row
 
 

@@ -107,7 +107,7 @@ def plan(item: cuda_variant.Variant, tokens: int, out: int, device: Any) -> cuda
 
 def run(x: torch.Tensor, qw: QuantizedWeight, chosen: cuda_plan.Plan) -> torch.Tensor:
     """The layer by this plan."""
-    cuda._READY.clear()
+    cuda.forget()
     with mock.patch.object(cuda_plan, "linear_plan", return_value=chosen):
         return kernels.linear(x, qw, backend="cuda")
 

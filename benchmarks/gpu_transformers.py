@@ -28,7 +28,7 @@ from tqw.report import document, write_json
 PROMPT, SHORT, LONG, REPEATS = 128, 16, 64, 3
 
 
-def build(shape: Shape) -> Any:
+def build(shape: Shape, device: str = "cuda") -> Any:
     """The model of transformers in bfloat16, random weights."""
     kind = "Qwen3" if shape.name.startswith("Qwen3") else "Llama"
     config = getattr(transformers, f"{kind}Config")(
@@ -37,7 +37,7 @@ def build(shape: Shape) -> Any:
         head_dim=shape.head, tie_word_embeddings=shape.tied, max_position_embeddings=4096,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    with torch.device("cuda"):
+    with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 

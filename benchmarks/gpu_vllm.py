@@ -1,15 +1,17 @@
 """vLLM on a GPU, bfloat16 against 4 bits: results/gpu_vllm.json.
 
-    python benchmarks/gpu_vllm.py [--models Llama-3-8B] [-o benchmarks/results/gpu_vllm.json]
+    python benchmarks/gpu_vllm.py [--models Llama-3-8B] [--methods dense tqw] [-o benchmarks/results/gpu_vllm.json]
 
 Random weights in the shapes of gpu_model.py; 4-bit: linears of the layers at 4 bits, embedding and lm_head at 8. vLLM's
 defaults (compiled, CUDA graphs, its own attention), prefix caching off, each measurement in a process of its own. A
 decode step is the difference between two lengths, so without prompt; the first token is that of a prompt of 2,048.
+Rows of other models and methods stay in the output file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,8 +26,8 @@ SHORT, LONG, PROMPT, REPEATS = 16, 80, 2048, 3
 BATCHES = (1, 16, 64)
 
 
-def make(name: str, folder: Path) -> None:
-    """folder/dense: a config, whose weights vLLM draws at random; folder/tqw: a quantized model."""
+def make(name: str, method: str, folder: Path) -> None:
+    """dense: a config, whose weights vLLM draws at random; tqw: a quantized model."""
     import torch
     from gpu_model import SHAPES
     from gpu_transformers import build
@@ -33,17 +35,19 @@ def make(name: str, folder: Path) -> None:
     import tqw
     from tqw.pretrained import save
 
-    model = build(next(shape for shape in SHAPES if shape.name == name))
-    model.config.save_pretrained(folder / "dense")
+    model = build(next(shape for shape in SHAPES if shape.name == name), "meta" if method == "dense" else "cuda")
+    if method == "dense":
+        model.config.save_pretrained(folder)
+        return
     with torch.inference_mode():
         report = tqw.quantize_model(model, tqw.QuantConfig(bits="4", scale="norm", embedding=8, lm_head=8))
-    save(model, folder / "tqw", report, None, calibrate="none")
+    save(model, folder, report, None, calibrate="none")
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(method: str, folder: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    dummy = {"load_format": "dummy"} if folder.name == "dense" else {}
+    dummy = {"load_format": "dummy"} if method == "dense" else {}
     begin = time.perf_counter()
     llm = LLM(
         str(folder), dtype="bfloat16", max_model_len=PROMPT + 128, max_num_seqs=max(BATCHES), skip_tokenizer_init=True,
@@ -84,26 +88,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/gpu_vllm.json"))
     parser.add_argument("--models", nargs="*", default=["Llama-3-8B"])
-    parser.add_argument("--make", nargs=2, metavar=("MODEL", "FOLDER"))
-    parser.add_argument("--measure", type=Path, metavar="FOLDER")
+    parser.add_argument("--methods", nargs="*", default=["dense", "tqw"])
+    parser.add_argument("--make", nargs=3, metavar=("MODEL", "METHOD", "FOLDER"))
+    parser.add_argument("--measure", nargs=2, metavar=("METHOD", "FOLDER"))
     arguments = parser.parse_args()
     if arguments.make:
-        make(arguments.make[0], Path(arguments.make[1]))
+        name, method, folder = arguments.make
+        make(name, method, Path(folder))
         return
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))  # noqa: T201
+        method, folder = arguments.measure
+        print(json.dumps(measure(method, Path(folder))))  # noqa: T201
         return
     from tqw.report import document, write_json
 
-    rows = []
-    for name in arguments.models:
+    for name, method in itertools.product(arguments.models, arguments.methods):
         with tempfile.TemporaryDirectory() as temporary:
-            run("--make", name, temporary)
-            for method in ("dense", "tqw"):
-                row = {"model": name, "method": method} | json.loads(run("--measure", str(Path(temporary, method))))
-                rows.append(row)
-                sys.stderr.write(f"{row}\n")
-        write_json(arguments.output, document(rows))
+            run("--make", name, method, temporary)
+            row = {"model": name, "method": method} | json.loads(run("--measure", method, temporary))
+        sys.stderr.write(f"{row}\n")
+        rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+        others = [row for row in rows if (row["model"], row["method"]) != (name, method)]
+        write_json(arguments.output, document([*others, row]))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def choices(bits: str, tokens: int) -> tuple[str, ...]:
 
 
 def run(activations: str, x: Tensor, qw: QuantizedWeight) -> Tensor:
-    cuda._READY.clear()
+    cuda.forget()
     with mock.patch.object(cuda, "_activations", return_value=activations):
         return kernels.linear(x, qw, backend="cuda")
 

@@ -122,7 +122,7 @@ def in_8_bits(qw: QuantizedWeight, x: torch.Tensor) -> bool:
 
 def forget_plans() -> None:
     cuda_plan.linear_plan.cache_clear()
-    cuda._READY.clear()
+    cuda.forget()
 
 
 @pytest.fixture

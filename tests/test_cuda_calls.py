@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,12 +71,12 @@ def driver(monkeypatch):
         "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None, "_takes_stack": lambda x, qw: True,
     }.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's get_device says
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's get_device says
     monkeypatch.setattr(torch.cuda, "device", lambda device: cuda._NOTHING)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 3, raising=False)
 
     def forget() -> None:
-        cuda._READY.clear()
+        cuda.forget()
         for cached in (
             cuda_plan.linear_plan, cuda_plan.expert_plan, cuda_plan.expert_tokens, cuda_plan.prompt_launches,
             cuda_plan.dequantize_launch, cuda_plan.combine_launch, cuda_plan._function, cuda_launch.resident,
@@ -127,7 +129,7 @@ def expected(x: Tensor, y: Tensor, params: Any, first: int = 0) -> bool:
 def test_kernels_of_a_call(driver, tokens, kernels, dtype):
     qw, bias = quantize(torch.randn(1536, 2048) * 0.05, QuantConfig()), torch.randn(1536).to(dtype)
     for x in (torch.randn(tokens, 2048).to(dtype), torch.randn(1, tokens, 2048).to(dtype)):
-        for call in (cuda.linear, cuda.linear_again):
+        for call in (cuda.linear, cuda.linear_again, cuda.linear_kept, cuda.linear_kept):
             y, calls = call(x, qw, bias), driver.taken()
             assert y is not None
             assert (y.shape, y.dtype) == ((*x.shape[:-1], 1536), dtype)
@@ -187,20 +189,42 @@ def test_turns_and_slices_of_a_prompt_follow_each_other(driver, monkeypatch):
     ]
 
 
-def test_only_what_was_prepared_is_taken_again(driver):
+@pytest.mark.parametrize("again", [cuda.linear_again, cuda.linear_kept])
+def test_only_what_was_prepared_is_taken_again(driver, again):
     qw, x = quantize(torch.randn(64, 512), QuantConfig()), torch.randn(3, 512).bfloat16()
-    assert cuda.linear_again(x, qw, None) is None
+    assert again(x, qw, None) is None
     cuda.linear(x, qw, None)
-    assert cuda.linear_again(x, qw, None) is not None
-    assert cuda.linear_again(x.half(), qw, None) is None
+    for _ in range(2):
+        assert again(x, qw, None) is not None
+    assert again(x.half(), qw, None) is None
+    assert again(x[:, :256], qw, None) is None
     qw.packed[0].data = qw.packed[0].clone()
-    assert cuda.linear_again(x, qw, None) is None
+    assert again(x, qw, None) is None
+    cuda.linear(x, qw, None)
+    again(x, qw, None), driver.taken()
+    again(x, qw, None)
+    assert {params.packed[0] for _, _, params in driver.taken()} == {qw.packed[0].data_ptr()}
+    cuda.forget()
+    assert again(x, qw, None) is None
     qr = quantize(torch.randn(64, 512), QuantConfig(rotation="qr"))
     assert cuda.linear(x, qr, None).shape == (3, 64)
-    assert cuda.linear_again(x, qr, None) is None
+    assert again(x, qr, None) is None
     stack = quantize(torch.randn(5, 64, 512), QuantConfig())
     cuda.experts(x, stack, torch.zeros(3, 2, dtype=torch.int64))
-    assert cuda.linear_again(x, stack, None) is None
+    assert again(x, stack, None) is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda qw: pickle.loads(pickle.dumps(qw))])
+def test_a_copy_keeps_nothing_of_the_original(driver, duplicate):
+    qw, x = quantize(torch.randn(64, 512), QuantConfig()), torch.randn(3, 512).bfloat16()
+    cuda.linear(x, qw, None)
+    assert cuda.linear_kept(x, qw, None) is not None
+    other = duplicate(qw)
+    assert cuda.linear_kept(x, other, None) is None
+    cuda.linear(x, other, None), driver.taken()
+    for weight in (other, qw):
+        cuda.linear_kept(x, weight, None)
+        assert {params.packed[0] for _, _, params in driver.taken()} == {weight.packed[0].data_ptr()}
 
 
 @pytest.mark.parametrize(("tokens", "kernels"), [(1, ["decode"]), (40, ["route", "spread", "middle"])])

@@ -6,7 +6,6 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -67,17 +66,30 @@ def attached(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWei
     return QuantizedWeight(tuple(packed), tuple(scales), tuple(channel_scales), rotation, matrix)
 
 
+class _KeptWeights:
+    """The weights that a module keeps, by their prefixes, and the parameters that they were read from."""
+
+    def __init__(self, parameters: tuple[Tensor | None, ...]) -> None:
+        self.parameters, self.identities = parameters, [*map(id, parameters)]
+        self.weights: dict[str, QuantizedWeight] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy has parameters of its own
+
+
 def kept_weight(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWeight:
     """`attached`, made once and kept until a parameter is replaced: it costs more than a small layer on the CPU."""
-    if torch.compiler.is_compiling():
-        return attached(module, rotation, prefix)
-    parameters = tuple(module._parameters.values())
-    kept = module.__dict__.get("_kept_weights")
-    if kept is None or len(kept[0]) != len(parameters) or not all(map(operator.is_, kept[0], parameters)):
-        kept = module.__dict__["_kept_weights"] = parameters, {}
-    if prefix not in kept[1]:
-        kept[1][prefix] = attached(module, rotation, prefix)
-    return kept[1][prefix]
+    return (attached if torch.compiler.is_compiling() else _kept)(module, rotation, prefix)
+
+
+def _kept(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWeight:
+    parameters, kept = module._parameters.values(), module.__dict__.get("_kept_weights")
+    if kept is None or kept.identities != [*map(id, parameters)]:
+        kept = module.__dict__["_kept_weights"] = _KeptWeights(tuple(parameters))
+    qw = kept.weights.get(prefix)
+    if qw is None:
+        qw = kept.weights[prefix] = attached(module, rotation, prefix)
+    return qw
 
 
 def _describe(qw: QuantizedWeight) -> str:
@@ -126,15 +138,23 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        shared = self.__dict__.get("_shared_input")
-        if shared is not None:
-            if torch.compiler.is_compiling():
-                output = shared.traced_output(self, input)
-            else:
-                output = shared.output(self, input) if kernels.plain_eager(input, self.bias) else None
+        if torch.compiler.is_compiling():
+            return self._traced(input)
+        shared, bias = self.__dict__.get("_shared_input"), self._parameters["bias"]
+        if shared is not None and (not torch.is_grad_enabled() or kernels.plain_eager(input, bias)):
+            output = shared.take(self, input)
             if output is not None:
                 return output
-        return kernels.linear(input, self.quantized_weight, self.bias)
+        if not kernels.plain_eager(input, bias):
+            return kernels.linear(input, self.quantized_weight, bias)
+        output = None if shared is None else shared.output(self, input)
+        return kernels.linear_plain(input, _kept(self, self.rotation), bias) if output is None else output
+
+    def _traced(self, input: Tensor) -> Tensor:
+        """`forward` while torch.compile looks."""
+        shared = self.__dict__.get("_shared_input")
+        output = None if shared is None else shared.traced_output(self, input)
+        return kernels.linear(input, self.quantized_weight, self.bias) if output is None else output
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, " + _describe(

@@ -34,13 +34,16 @@ torch.library.define(
 )
 
 
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _moment(x: Tensor) -> object:
     """Equal for two calls on x between which nothing can have changed: its version; on a GPU the same stream, too."""
-    version = 0 if x.is_inference() else x._version
+    version = -1 if x.is_inference() else x._version
     if not x.is_cuda:
         return version
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-    return version, stream, torch.cuda.is_current_stream_capturing()
+    return version, torch._C._cuda_getCurrentRawStream(x.get_device()), torch._C._cuda_isCurrentStreamCapturing()
 
 
 class JoinedWeight:
@@ -48,7 +51,7 @@ class JoinedWeight:
 
     def __init__(self, weight: QuantizedWeight, parts: Sequence[QuantizedWeight]) -> None:
         self.weight = weight
-        self.out_features = [qw.out_features for qw in parts]
+        self.in_features, self.out_features = weight.in_features, [qw.out_features for qw in parts]
         self.parts = _state(parts)
         self.channel_scales = [qw.channel_scale[0].detach() for qw in parts]  # nothing else comes to lie there
 
@@ -66,7 +69,7 @@ def _state(weights: Sequence[QuantizedWeight]) -> list[int]:
     """Where the tensors of the weights are, and the versions of their channel scales."""
     tensors = [tensor for qw in weights for tensor in (*qw.packed, *qw.weight_scale, *qw.channel_scale)]
     scales = [qw.channel_scale[0] for qw in weights]
-    return [*map(Tensor.data_ptr, tensors), *[-1 if scale.is_inference() else scale._version for scale in scales]]
+    return [*map(Tensor.data_ptr, tensors), *map(_version, scales)]
 
 
 def _alike(weights: Sequence[QuantizedWeight]) -> bool:
@@ -150,6 +153,7 @@ class SharedInput:
         self.compared: list[QuantizedWeight] = []
         self.usable = False
         self.joined: JoinedWeight | None = None
+        self.place: list[int] = []  # `_place` when the joined weight was last compared
         self.ahead: tuple[weakref.ref[Tensor] | None, object, dict[int, Tensor]] = (None, None, {})
         self.traced: tuple[Tensor, list[Tensor | None]] | None = None  # only while torch.compile looks
 
@@ -166,11 +170,15 @@ class SharedInput:
         if self.joined is not None and not self.joined.holds([member.quantized_weight for member in self.layers]):
             self.joined = None
 
-    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
+    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for x, if it was computed ahead; asked for where no gradient is."""
         made_of, moment, waiting = self.ahead
         if made_of is not None and made_of() is x and id(layer) in waiting and moment == _moment(x):
             return waiting.pop(id(layer))
+        return None
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
         most = _MOST_TOKENS["cpu"] if x.is_cpu else _MOST_TOKENS.get(x.device.type, 0)
         if self.misses > _MOST_MISSES:
             return None
@@ -178,7 +186,7 @@ class SharedInput:
             if x.is_cuda and self.joined is None:  # the next call may be compiled or captured
                 self._join(x.device)
             return None
-        self.misses += bool(waiting)
+        self.misses += bool(self.ahead[2])
         computed = self._on_cpu(x) if x.is_cpu else self._on_gpu(x)
         if computed is None:
             return None
@@ -208,16 +216,28 @@ class SharedInput:
                 return None  # memory from inside a capture belongs to the graph
             self.misses += 1
             self.joined = join(weights)
+        self.place = self._place()
         return self.joined
 
-    def _on_gpu(self, x: Tensor) -> Sequence[Tensor] | None:
-        joined = self._join(x.device)
-        if joined is None or x.shape[-1] != joined.weight.in_features:
-            return None
-        return self._with_biases(kernels.linear(x, joined.weight).split_with_sizes(joined.out_features, -1))
+    def _place(self) -> list[int]:
+        """Where the layers' parameters are, and the versions of their channel scales."""
+        parameters = [member._parameters for member in self.layers]
+        places = [tensor.data_ptr() for of in parameters for tensor in of.values() if tensor is not None]
+        return places + [_version(of["channel_scale"]) for of in parameters]
 
-    def _with_biases(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        biases = [member.bias for member in self.layers]
+    def _on_gpu(self, x: Tensor) -> Sequence[Tensor] | None:
+        joined = self.joined
+        if joined is None or self._place() != self.place:
+            joined = self._join(x.device)
+        if joined is None or x.shape[-1] != joined.in_features:
+            return None
+        y = kernels.linear_plain(x, joined.weight, None)
+        return self._with_biases(y.split_with_sizes(joined.out_features, -1))
+
+    def _with_biases(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        biases = [member._parameters["bias"] for member in self.layers]
+        if all(bias is None for bias in biases):
+            return parts
         return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
 
     def traced_output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -226,14 +246,14 @@ class SharedInput:
             return None
         mine = next(i for i, member in enumerate(self.layers) if member is layer)
         if self.traced is None or self.traced[0] is not x or self.traced[1][mine] is None:
-            self.traced = x, list(self._as_one_op(x))
+            self.traced = x, [*self._as_one_op(x)]
         outputs = self.traced[1]
         output, outputs[mine] = outputs[mine], None
         if all(waiting is None for waiting in outputs):
             self.traced = None
         return output
 
-    def _as_one_op(self, x: Tensor) -> list[Tensor]:
+    def _as_one_op(self, x: Tensor) -> Sequence[Tensor]:
         weights = [member.quantized_weight for member in self.layers]
         packed, weight_scale, channel_scale = (
             [tensor for qw in weights for tensor in getattr(qw, name)]

@@ -86,14 +86,17 @@ def _linear_backward_fake(grad: Tensor, packed, weight_scale, channel_scale, *re
     return grad.new_empty(*grad.shape[:-1], channel_scale[0].shape[-1])
 
 
-@torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
-def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
-    qw = from_arguments(packed, weight_scale, channel_scale, rotation_matrix, rotation)
+def _looked_up(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     if ids.is_cuda and cuda.supports_embedding(ids, qw, dtype) is None:
         return cuda.embedding(ids, qw, dtype)
     if ids.device.type == "cpu" and cpu.supports_rows(qw, dtype) is None:
         return cpu.dense_rows(qw, ids, dtype)
     return reference.embedding(ids, qw, dtype)
+
+
+@torch.library.impl("tqw::embedding", "CompositeExplicitAutograd")
+def _embedding_op(ids: Tensor, packed, weight_scale, channel_scale, rotation_matrix, rotation, dtype) -> Tensor:
+    return _looked_up(ids, from_arguments(packed, weight_scale, channel_scale, rotation_matrix, rotation), dtype)
 
 
 @torch.library.register_fake("tqw::embedding")
@@ -137,17 +140,30 @@ def plain_eager(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _check_inputs(x: Tensor, qw: QuantizedWeight) -> None:
+    if x.shape[-1] != qw.in_features:
+        raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
+
+
+def linear_plain(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`linear` where `plain_eager(x, bias)`."""
+    y = cuda.linear_kept(x, qw, bias) if x.is_cuda else None
+    if y is None:
+        _check_inputs(x, qw)
+        y = _automatic(x, qw, bias)
+    return y
+
+
 def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """y = x dequantize(qw)^T + bias.
 
     x: floating [..., in]; bias: [out] or None; returns [..., out] in the dtype of x, differentiable in x and bias.
     backend: "auto" (the first of BACKENDS that supports this call) or a name (raises TqwError with its reason).
     """
-    if x.shape[-1] != qw.in_features:
-        raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
+    _check_inputs(x, qw)
     if backend == "auto":
         if plain_eager(x, bias):
-            return _automatic(x, qw, bias)
+            return linear_plain(x, qw, bias)
         return torch.ops.tqw.linear(x, bias, *arguments(qw))
     if backend not in BACKENDS:
         raise TqwError(f"expected a backend of auto, {', '.join(BACKENDS)}, got {backend!r}")
@@ -159,6 +175,8 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None, backend: 
 
 def embedding(ids: Tensor, qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """dequantize(qw)[ids]: integer [...] -> [..., in] in `dtype`."""
+    if plain_eager(ids, None):
+        return _looked_up(ids, qw, dtype)
     return torch.ops.tqw.embedding(ids, *arguments(qw), dtype)
 
 

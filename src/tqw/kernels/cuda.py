@@ -25,6 +25,7 @@ from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -283,6 +284,12 @@ class _Ready:
 _READY: dict[tuple, _Ready] = {}
 
 
+def forget() -> None:
+    """Prepare all weights anew: what they are prepared for has changed (TQW_CUDA_ACTIVATIONS, a plan)."""
+    global _READY
+    _READY = {}
+
+
 def _key(qw: QuantizedWeight, x: Tensor) -> tuple:
     """All that a prepared weight is made from, so that reused memory cannot make it wrong."""
     tensors = (*qw.packed, *qw.weight_scale, *qw.channel_scale)
@@ -340,12 +347,12 @@ _NOTHING = nullcontext()
 
 def _on(x: Tensor) -> AbstractContextManager:
     """With the device of x as torch's current one, which to set costs as much as a launch."""
-    return _NOTHING if torch.cuda.current_device() == x.get_device() else torch.cuda.device(x.device)
+    return _NOTHING if torch._C._cuda_getDevice() == x.get_device() else torch.cuda.device(x.device)
 
 
 def _product(x: Tensor, ready: _Ready, bias: Tensor | None) -> Tensor:
     """The op for passes that share a rotation: [..., in] -> [..., out]."""
-    y = x.new_empty(*x.shape[:-1], ready.out)
+    y = x.new_empty((*x.shape[:-1], ready.out))
     tokens, stride = x.numel() // ready.in_features, ready.in_features
     if tokens == 0:
         return y
@@ -399,14 +406,58 @@ def _compile_modules(base: cuda_variant.Variant, tokens: frozenset[int], out: in
         list(pool.map(lambda module: cubin(module.source(), device.arch), modules))
 
 
+def _prepared(x: Tensor, qw: QuantizedWeight) -> _Ready | None:
+    """What `linear` prepared, if it did, for one product."""
+    ready = _READY.get(_key(qw, x))
+    return None if ready is None or ready.params.experts or qw.rotation == "qr" else ready
+
+
 def linear_again(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
     """`linear` for a weight that has been through it, without asking again whether it can be; else None."""
-    ready = _READY.get(_key(qw, x))
-    if ready is None or ready.params.experts or qw.rotation == "qr":
+    ready = _prepared(x, qw)
+    if ready is None:
         return None
     enter(x.get_device())
     with _on(x):
         return _product(x, ready, bias)
+
+
+class _Kept:
+    """What a QuantizedWeight keeps of its last call, valid while its tensors stay where they were."""
+
+    def __init__(self, x: Tensor, qw: QuantizedWeight, ready: _Ready) -> None:
+        self.among, self.ready = _READY, ready
+        self.dtype, self.in_features, self.device = x.dtype, x.shape[-1], x.get_device()
+        self.tensors = [*qw.packed, *qw.weight_scale, *qw.channel_scale]
+        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+
+    def suits(self, x: Tensor) -> bool:
+        return (
+            self.among is _READY
+            and x.dtype is self.dtype
+            and x.shape[-1] == self.in_features
+            and x.get_device() == self.device
+            and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # addresses mean nothing in a copy or in another process
+
+
+def linear_kept(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
+    """`linear_again` for a QuantizedWeight that lives on from call to call: in Python, to look at its tensors one by
+    one takes as long as a small product."""
+    kept = qw.__dict__.get("_cuda_kept")
+    if kept is None or not kept.suits(x):
+        ready = _prepared(x, qw)
+        if ready is None:
+            return None
+        kept = qw.__dict__["_cuda_kept"] = _Kept(x, qw, ready)  # not a field: equality and replace() do not see it
+    enter(kept.device)
+    if torch._C._cuda_getDevice() == kept.device:
+        return _product(x, kept.ready, bias)
+    with torch.cuda.device(kept.device):
+        return _product(x, kept.ready, bias)
 
 
 def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor | None:

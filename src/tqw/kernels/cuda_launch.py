@@ -186,21 +186,22 @@ class Launch:
     split: int = 1
     configs: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # by stream
 
-    def __call__(self, arguments: int, stream: int) -> None:
-        """arguments: address of the address of its parameters."""
+    def config(self, stream: int) -> Any:
         config = self.configs.get(stream)
         if config is None:
             config = _config(self.grid, self.threads, self.shared, self.split, stream, self.device.clusters)
             self.configs[stream] = config
-        result = driver_module().cuLaunchKernelEx(config, self.function, arguments, 0)
-        if int(result[0]) != 0:
-            checked(result, "cuLaunchKernelEx")
+        return config
 
 
 def launch_all(launches: tuple[Launch, ...], params: ctypes.Structure, stream: int) -> None:
+    """One kernel after the other, each with the same parameters."""
     arguments = ctypes.c_void_p(ctypes.addressof(params))
+    address, start = ctypes.addressof(arguments), driver_module().cuLaunchKernelEx
     for launch in launches:
-        launch(ctypes.addressof(arguments), stream)
+        result = start(launch.configs.get(stream) or launch.config(stream), launch.function, address, 0)
+        if int(result[0]) != 0:
+            checked(result, "cuLaunchKernelEx")
 
 
 def borrow(size: int, stream: int) -> int:
