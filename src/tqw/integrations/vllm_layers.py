@@ -185,8 +185,9 @@ class TqwConfig(QuantizationConfig):
 
     # ------------------------------------------------------------------------------------------------ reading
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        return _reader(self.read, QuantizationConfig.get_checkpoint_weight_mapper())
+    def get_cache_scale_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """The one mapper that vLLM 0.26 to 0.32 all apply to what is loaded."""
+        return _reader(self.read, QuantizationConfig.get_cache_scale_mapper())
 
     def read(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """The stored tensors as vLLM's loaders want them. Names that are none of the checkpoint's pass unchanged: vLLM
