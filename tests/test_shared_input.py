@@ -205,6 +205,44 @@ def test_weights_on_different_devices_are_not_joined():
     assert shared.misses == 0
 
 
+def test_the_joined_weight_follows_its_layers(monkeypatch):
+    """What a call on a GPU looks at, with the product of the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model = family()
+    layers, shared = [model.q_proj, model.k_proj, model.v_proj], model.q_proj.__dict__["_shared_input"]
+
+    def joined():
+        x = torch.randn(2, 128)
+        outputs = shared._on_gpu(x)
+        if outputs is not None:
+            for layer, y in zip(layers, outputs, strict=True):
+                torch.testing.assert_close(y, alone(layer, x), rtol=1e-5, atol=1e-5)
+        return outputs and shared.joined
+
+    with torch.no_grad():
+        first = joined()
+        assert first is not None
+        assert joined() is first
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state["k_proj.weight"] = state["k_proj.weight"].flip(0)
+        model.load_state_dict(state)
+        second = joined()
+        assert second is not None
+        assert joined() is second
+        model.v_proj.bias = nn.Parameter(torch.randn(32))
+        assert joined() is second
+        model.k_proj.weight_scale.data = model.k_proj.weight_scale * 2
+        third = joined()
+        assert third not in (None, second)
+        model.v_proj.weight = nn.Parameter(model.v_proj.weight.flip(0), requires_grad=False)
+        last = joined()
+        assert last not in (None, third)
+        model.k_proj.channel_scale.add_(4)
+        assert joined() is None
+        model.k_proj.channel_scale.sub_(4)
+        assert joined() not in (None, last)
+
+
 def test_a_model_that_moves_leaves_no_joined_memory_behind():
     model = family()
     shared = model.q_proj.__dict__["_shared_input"]
