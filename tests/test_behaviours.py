@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from pathlib import Path
 
 import accelerate
@@ -52,6 +53,27 @@ def test_accelerate_offloads_and_the_logits_stay(where, tmp_path):
     assert layer.weight.device.type == "meta"
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), expected)  # and again: nothing of the first call is left over
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_accelerate_takes_away_is_gone(name, tmp_path, monkeypatch):
+    """Else a model larger than a GPU would stay there after its first call."""
+    model = quantized(name)
+    expected = logits(model)  # whatever layers keep, they keep it from here on
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    brought: list[weakref.ref[torch.Tensor]] = []
+    bring = accelerate.hooks.set_module_tensor_to_device
+
+    def noting(module, tensor_name, device, **options):
+        bring(module, tensor_name, device, **options)
+        tensor = module._parameters.get(tensor_name)
+        if tensor is not None and tensor.device.type != "meta":
+            brought.append(weakref.ref(tensor))
+
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", noting)
+    assert torch.equal(logits(model), expected)
+    assert len(brought) > 40
+    assert all(tensor() is None for tensor in brought)
 
 
 def test_a_whole_model_is_exported():

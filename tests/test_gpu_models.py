@@ -115,8 +115,10 @@ def test_layers_offloaded_to_the_cpu_run_on_the_gpu(stored, kept):
         places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0}
         model = from_pretrained(stored / "out", device_map=places | {"model.rotary_emb": 0, "lm_head": 0})
     assert model.get_submodule("model.layers.1.mlp.up_proj").weight.device.type == "meta"
+    before = torch.cuda.memory_allocated()
     for _ in range(3):
         check(logits(model), expected)
+    assert torch.cuda.memory_allocated() - before < 1 << 16  # a layer's codes are more
 
 
 def test_a_model_saved_from_the_gpu_is_whole(stored, tmp_path):

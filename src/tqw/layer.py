@@ -82,7 +82,16 @@ def kept_weight(module: nn.Module, rotation: str, prefix: str = "") -> Quantized
     return (attached if torch.compiler.is_compiling() else _kept)(module, rotation, prefix)
 
 
+def is_lent(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's tensors for each call and takes them away after it (offload)."""
+    hook = module.__dict__.get("_hf_hook")
+    return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+
+
 def _kept(module: nn.Module, rotation: str, prefix: str = "") -> QuantizedWeight:
+    if is_lent(module):
+        module.__dict__.pop("_kept_weights", None)
+        return attached(module, rotation, prefix)
     parameters, kept = module._parameters.values(), module.__dict__.get("_kept_weights")
     if kept is None or kept.identities != [*map(id, parameters)]:
         kept = module.__dict__["_kept_weights"] = _KeptWeights(tuple(parameters))
@@ -141,6 +150,9 @@ class QuantizedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             return self._traced(input)
         shared, bias = self.__dict__.get("_shared_input"), self._parameters["bias"]
+        if shared is not None and is_lent(self):
+            shared.forget()
+            shared = None
         if shared is not None and (not torch.is_grad_enabled() or kernels.plain_eager(input, bias)):
             output = shared.take(self, input)
             if output is not None:

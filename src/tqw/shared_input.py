@@ -142,13 +142,14 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
-        self._forget()
+        self.forget()
         weights = [layer.quantized_weight for layer in layers]
         self.one_op, device = _alike(weights), weights[0].device
         if device.type == "cuda":  # for calls that are all compiled or captured
             self._join(device)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin anew, and keep no tensor."""
         self.misses = 0
         self.compared: list[QuantizedWeight] = []
         self.usable = False
@@ -163,7 +164,7 @@ class SharedInput:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.layers, self.one_op = state["layers"], state["one_op"]
-        self._forget()
+        self.forget()
 
     def release(self) -> None:
         """Keep no memory that the layers have left."""
