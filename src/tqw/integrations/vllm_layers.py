@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ from tqw.pretrained import STORED_MATRIX
 from tqw.weight import QuantizedWeight
 
 _UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
+_STACKED = {"gate_up_proj": _UP, "w13": _UP, "down_proj": _DOWN, "w2": _DOWN}  # how stored names begin (hub_names)
 _EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -311,6 +313,8 @@ class ExpertsMethod(FusedMoEMethodBase):
         check_columns(f"{self.name}.down_proj", self.down, middle)
         self._create(layer, _UP, self.up, num_experts, 2 * middle, hidden_size, weight_loader)
         self._create(layer, _DOWN, self.down, num_experts, hidden_size, middle, weight_loader)
+        # vLLM's own takes the layout of stacked tensors from their shapes, which are not those of packed codes
+        layer.__dict__["load_weights"] = partial(self.load, layer)
 
     def _create(
         self,
@@ -341,6 +345,22 @@ class ExpertsMethod(FusedMoEMethodBase):
             put(scale_name, unfilled(scale[:experts], rows, columns, qw), **grouped)
             if index < len(qw.channel_scale):
                 put(channel_name, torch.empty(columns, dtype=torch.uint8), weight_loader=load_channel)
+
+    @staticmethod
+    def load(layer: RoutedExperts, weights: Weights) -> Iterator[str]:
+        """Hand each expert's part of the stored tensors to the loader of its parameter; yields the names of those."""
+        for name, tensor in weights:
+            stem = next(stem for stem in _STACKED if name.startswith(stem))
+            parameter_name = _STACKED[stem] + name.removeprefix(stem)
+            parameter: Any = layer.get_parameter(parameter_name)
+            load = partial(parameter.weight_loader, param=parameter, weight_name=f"{layer.layer_name}.{parameter_name}")
+            if tensor.ndim == 1:
+                load(loaded_weight=tensor)
+            for expert, part in enumerate(tensor if tensor.ndim > 1 else ()):
+                shards = ("w1", "w3") if _STACKED[stem] == _UP else ("w2",)
+                for shard, rows in zip(shards, part.chunk(len(shards)), strict=True):
+                    load(loaded_weight=rows, shard_id=shard, expert_id=expert, return_success=True)
+            yield parameter_name
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         del layer
