@@ -28,15 +28,19 @@ from tqw.report import document, write_json
 PROMPT, SHORT, LONG, REPEATS = 128, 16, 64, 3
 
 
-def build(shape: Shape, device: str = "cuda") -> Any:
-    """The model of transformers in bfloat16, random weights."""
+def configuration(shape: Shape) -> Any:
+    """transformers' config of the shape."""
     kind = "Qwen3" if shape.name.startswith("Qwen3") else "Llama"
-    config = getattr(transformers, f"{kind}Config")(
+    return getattr(transformers, f"{kind}Config")(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         head_dim=shape.head, tie_word_embeddings=shape.tied, max_position_embeddings=4096,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
+
+
+def build(config: Any, device: str = "cuda") -> Any:
+    """The model of transformers in bfloat16, random weights."""
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
@@ -67,7 +71,7 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
     for bits in (16, 4):
         torch.manual_seed(0)
         torch.compiler.reset()
-        model = build(shape)
+        model = build(configuration(shape))
         if bits < 16:
             tqw.quantize_model(model, tqw.QuantConfig(bits=str(bits), scale="norm", embedding=8, lm_head=8))
         gc.collect()

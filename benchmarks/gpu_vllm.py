@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_vllm.py [--models Llama-3-8B] [--methods dense tqw] [-o benchmarks/results/gpu_vllm.json]
 
-Random weights in the shapes of gpu_model.py; 4-bit: linears of the layers at 4 bits, embedding and lm_head at 8. vLLM's
-defaults (compiled, CUDA graphs, its own attention), prefix caching off, each measurement in a process of its own. A
-decode step is the difference between two lengths, so without prompt; the first token is that of a prompt of 2,048.
-Rows of other models and methods stay in the output file.
+Random weights in the shapes of gpu_model.py, or Qwen3-30B-A3B's; 4-bit: linears of the layers at 4 bits, embedding and
+lm_head at 8. vLLM's defaults (compiled, CUDA graphs, its own attention), prefix caching off, each measurement in a
+process of its own. A decode step is the difference between two lengths, so without prompt; the first token is that of
+a prompt of 2,048. Rows of other models and methods stay in the output file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,29 @@ SHORT, LONG, PROMPT, REPEATS = 16, 80, 2048, 3
 BATCHES = (1, 16, 64)
 
 
+def configuration_of(name: str) -> Any:
+    import transformers
+    from gpu_model import SHAPES
+    from gpu_transformers import configuration
+
+    if name != "Qwen3-30B-A3B":
+        return configuration(next(shape for shape in SHAPES if shape.name == name))
+    return transformers.Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
 def make(name: str, method: str, folder: Path) -> None:
     """dense: a config, whose weights vLLM draws at random; tqw: a quantized model."""
     import torch
-    from gpu_model import SHAPES
     from gpu_transformers import build
 
     import tqw
     from tqw.pretrained import save
 
-    model = build(next(shape for shape in SHAPES if shape.name == name), "meta" if method == "dense" else "cuda")
+    model = build(configuration_of(name), "meta" if method == "dense" else "cuda")
     if method == "dense":
         model.config.save_pretrained(folder)
         return

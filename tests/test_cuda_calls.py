@@ -68,7 +68,7 @@ def driver(monkeypatch):
         monkeypatch.setattr(cuda_launch, name, value)
     for name, value in {
         "device_at": lambda index: h100, "enter": lambda index: None,
-        "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None, "_takes_stack": lambda x, qw: True,
+        "borrow": lambda size, stream: SCRATCH, "give_back": lambda address: None, "takes_stack": lambda x, qw: True,
     }.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's get_device says
@@ -109,6 +109,25 @@ def test_what_is_compiled_ahead(driver, monkeypatch, bits):
     compiled.clear()
     cuda.compile_ahead(different, torch.bfloat16, tokens)
     assert compiled == []
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 512), (64, 1536, 2048), (4, 512, 4096)])
+def test_what_is_compiled_ahead_for_a_mixture(driver, monkeypatch, shape):
+    """All that `experts` compiles later, and nothing else."""
+    compiled: list[str] = []
+    for module in (cuda, cuda_launch):
+        monkeypatch.setattr(module, "cubin", lambda source, arch: compiled.append(source) or b"")
+    tokens, choices = [1, 2, 3, 8, 16, 24, 64, 256, 2048], 2
+    stack = quantize(torch.randn(shape) * 0.05, QuantConfig())
+    cuda.compile_ahead(stack, torch.bfloat16, tokens, choices)
+    ahead = sorted(compiled)
+    assert len(ahead) == len(set(ahead)) >= 3
+    compiled.clear()
+    for count in tokens:
+        assert (
+            cuda.experts(torch.randn(count, shape[2]).bfloat16(), stack, torch.zeros(count, choices).long()) is not None
+        )
+    assert set(compiled) == set(ahead)
 
 
 def names(calls: list[tuple[str, Any, Any]]) -> list[str]:

@@ -370,6 +370,12 @@ class ExpertsMethod(FusedMoEMethodBase):
             matrix = self.config.matrix(qw, layer.get_parameter(prefix).device)
             if matrix is not None:
                 layer.register_parameter(f"{prefix}_{ROTATION_MATRIX}", matrix)
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            tokens, choices = token_counts(layer, config), layer.moe_config.experts_per_token
+            up, down = (kept_weight(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
+            kernels.compile_ahead(up, config.model_config.dtype, tokens, choices)
+            kernels.compile_ahead(down, config.model_config.dtype, [choices * count for count in tokens], 1)
 
     def apply(  # type: ignore[override]
         self,

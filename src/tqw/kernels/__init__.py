@@ -200,11 +200,12 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tenso
     return weight.dequantize(qw, dtype)
 
 
-def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int]) -> None:
-    """Compile what `linear` will need for inputs of this dtype and so many tokens, if it is compiled at first use."""
+def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int], choices: int = 0) -> None:
+    """Compile what `linear` will need for inputs of this dtype and so many tokens, or `experts` for so many with
+    `choices` experts each, if it is compiled at first use."""
     x = torch.empty(1, qw.in_features, dtype=dtype, device=qw.device)
-    if x.is_cuda and cuda.supports(x, qw) is None:
-        cuda.compile_ahead(qw, dtype, tokens)
+    if x.is_cuda and (cuda.takes_stack(x, qw) if choices else cuda.supports(x, qw) is None):
+        cuda.compile_ahead(qw, dtype, tokens, choices)
 
 
 def explain(x: Tensor, qw: QuantizedWeight) -> dict[str, str]:

@@ -391,19 +391,25 @@ def linear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
         return _by_pass(x, qw, bias) if gpu.supports_rotation(qw) else _product(x, _ready(qw, x), bias)
 
 
-def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int]) -> None:
-    """Compile what `linear` will need for x of this dtype and so many tokens, on all cores. A server that captures
-    graphs of dozens of numbers of tokens would compile one kernel after the other."""
+def compile_ahead(qw: QuantizedWeight, dtype: torch.dtype, tokens: Iterable[int], choices: int = 0) -> None:
+    """Compile what `linear` will need for x of this dtype and so many tokens, or `experts` for so many with `choices`
+    experts each, on all cores. A server that captures graphs of dozens of numbers of tokens would compile one kernel
+    after the other."""
     if gpu.supports_rotation(qw) is None:
-        device = device_at(qw.packed[0].get_device())
-        _compile_modules(_variant(qw, dtype), frozenset(tokens), qw.out_features, device)
+        experts, device = qw.packed[0].shape[0] if choices else 0, device_at(qw.packed[0].get_device())
+        _compile_modules(_variant(qw, dtype), frozenset(tokens), choices, experts, qw.out_features, device)
 
 
 @lru_cache(maxsize=512)
-def _compile_modules(base: cuda_variant.Variant, tokens: frozenset[int], out: int, device: Device) -> None:
-    modules = {cuda_plan.linear_module(base, count, out, device) for count in tokens}
+def _compile_modules(
+    base: cuda_variant.Variant, tokens: frozenset[int], choices: int, experts: int, out: int, device: Device
+) -> None:
+    if choices:
+        modules = {cuda_plan.expert_module(base, count, choices, experts, out, device) for count in tokens}
+    else:
+        modules = {cuda_plan.linear_module(base, count, out, device) for count in tokens}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda module: cubin(module.source(), device.arch), modules))
+        list(pool.map(lambda module: cubin(module.source(), device.arch), modules - {None}))
 
 
 def _prepared(x: Tensor, qw: QuantizedWeight) -> _Ready | None:
@@ -470,7 +476,7 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
         return None
     ready = _READY.get(_key(qw, x))
     if ready is None:
-        if not _takes_stack(x, qw):
+        if not takes_stack(x, qw):
             return None
         ready = _ready(qw, x)
     y = x.new_empty(*ids.shape, qw.out_features)
@@ -492,7 +498,7 @@ def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = N
     return y
 
 
-def _takes_stack(x: Tensor, qw: QuantizedWeight) -> bool:
+def takes_stack(x: Tensor, qw: QuantizedWeight) -> bool:
     """Whether `experts` can compute with this weight, where each expert's codes start at a multiple of 16 bytes."""
     if qw.packed[0].ndim != 3 or gpu.supports_rotation(qw) is not None:
         return False

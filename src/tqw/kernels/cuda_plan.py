@@ -480,6 +480,12 @@ def expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, 
     return decode_plan(decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
 
 
+def expert_module(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> Variant | None:
+    """The module of `expert_plan`."""
+    alone = decode_variant(replace(base, experts=True), 1, out, device)
+    return grouped_variant(base, tokens * choices, count, out, device) or _fitting(alone, 1, device)
+
+
 @lru_cache(maxsize=4096)
 def expert_tokens(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> int:
     """Tokens of one turn: the fewest turns that keep T(x) of blocks of pairs below _PLANE_BYTES."""
