@@ -14,6 +14,7 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,26 @@ def test_fused_layers_need_equal_channel_scales():
         loader.require_complete("channel_scale")
     with pytest.raises(tqw.TqwError, match="expected equal channel scales in q, k"):
         loader(parameter, torch.zeros(4, dtype=torch.uint8), "k")
+
+
+def test_numbers_of_tokens_to_compile_kernels_for():
+    """Of linears the sizes of graphs and, without graphs, more; of heads one token of each sequence; of tables none."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    from tqw.integrations.vllm_layers import token_counts
+
+    def counts(kind: type, sizes: list[int], tied: bool = False) -> list[int]:
+        config: Any = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=300),
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes),
+            model_config=SimpleNamespace(hf_text_config=SimpleNamespace(tie_word_embeddings=tied)),
+        )
+        return token_counts(kind.__new__(kind), config)
+
+    assert counts(torch.nn.Linear, [1, 8, 128]) == [1, 8, 128, 128, 192, 256, 300]
+    assert set(counts(torch.nn.Linear, [])) >= set(range(1, 301))
+    assert counts(ParallelLMHead, [1, 8]) == counts(VocabParallelEmbedding, [1, 8], tied=True) == [1, 2, 3]
+    assert counts(VocabParallelEmbedding, [1, 8]) == []
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
