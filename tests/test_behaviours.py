@@ -15,6 +15,7 @@ from conftest import tiny, token_ids, training_losses
 from torch import distributed, multiprocessing
 
 import tqw
+from tqw.layer import is_lent
 
 
 def quantized(name: str = "llama"):
@@ -74,6 +75,18 @@ def test_what_accelerate_takes_away_is_gone(name, tmp_path, monkeypatch):
     assert torch.equal(logits(model), expected)
     assert len(brought) > 40
     assert all(tensor() is None for tensor in brought)
+
+
+def test_only_offloaded_layers_are_lent():
+    """Layers that a device map merely places on a GPU have hooks of the same kind."""
+    layer = quantized().get_submodule("model.layers.0.mlp.up_proj")
+    assert not is_lent(layer)
+    for offload in (False, True):
+        hook = accelerate.hooks.AlignDevicesHook(
+            execution_device="cpu", offload=offload, weights_map=layer.state_dict()
+        )
+        accelerate.hooks.add_hook_to_module(layer, hook, append=True)
+        assert is_lent(layer) == offload
 
 
 def test_a_whole_model_is_exported():
