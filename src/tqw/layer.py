@@ -153,10 +153,6 @@ class QuantizedLinear(nn.Linear):
         if shared is not None and is_lent(self):
             shared.forget()
             shared = None
-        if shared is not None and (not torch.is_grad_enabled() or kernels.plain_eager(input, bias)):
-            output = shared.take(self, input)
-            if output is not None:
-                return output
         if not kernels.plain_eager(input, bias):
             return kernels.linear(input, self.quantized_weight, bias)
         output = None if shared is None else shared.output(self, input)

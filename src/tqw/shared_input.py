@@ -40,10 +40,9 @@ def _version(tensor: Tensor) -> int:
 
 def _moment(x: Tensor) -> object:
     """Equal for two calls on x between which nothing can have changed: its version; on a GPU the same stream, too."""
-    version = -1 if x.is_inference() else x._version
     if not x.is_cuda:
-        return version
-    return version, torch._C._cuda_getCurrentRawStream(x.get_device()), torch._C._cuda_isCurrentStreamCapturing()
+        return _version(x)
+    return _version(x), torch._C._cuda_getCurrentRawStream(x.get_device()), torch._C._cuda_isCurrentStreamCapturing()
 
 
 class JoinedWeight:
@@ -51,7 +50,7 @@ class JoinedWeight:
 
     def __init__(self, weight: QuantizedWeight, parts: Sequence[QuantizedWeight]) -> None:
         self.weight = weight
-        self.in_features, self.out_features = weight.in_features, [qw.out_features for qw in parts]
+        self.out_features = [qw.out_features for qw in parts]
         self.parts = _state(parts)
         self.channel_scales = [qw.channel_scale[0].detach() for qw in parts]  # nothing else comes to lie there
 
@@ -171,15 +170,11 @@ class SharedInput:
         if self.joined is not None and not self.joined.holds([member.quantized_weight for member in self.layers]):
             self.joined = None
 
-    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for x, if it was computed ahead; asked for where no gradient is."""
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
         made_of, moment, waiting = self.ahead
         if made_of is not None and made_of() is x and id(layer) in waiting and moment == _moment(x):
             return waiting.pop(id(layer))
-        return None
-
-    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for a plain tensor x, or None where the layer must compute by itself."""
         most = _MOST_TOKENS["cpu"] if x.is_cpu else _MOST_TOKENS.get(x.device.type, 0)
         if self.misses > _MOST_MISSES:
             return None
@@ -187,7 +182,7 @@ class SharedInput:
             if x.is_cuda and self.joined is None:  # the next call may be compiled or captured
                 self._join(x.device)
             return None
-        self.misses += bool(self.ahead[2])
+        self.misses += bool(waiting)
         computed = self._on_cpu(x) if x.is_cpu else self._on_gpu(x)
         if computed is None:
             return None
@@ -230,7 +225,7 @@ class SharedInput:
         joined = self.joined
         if joined is None or self._place() != self.place:
             joined = self._join(x.device)
-        if joined is None or x.shape[-1] != joined.in_features:
+        if joined is None:
             return None
         y = kernels.linear_plain(x, joined.weight, None)
         return self._with_biases(y.split_with_sizes(joined.out_features, -1))

@@ -269,9 +269,9 @@ class TqwLinearMethod(StackedLinear, LinearMethodBase):
             self._share_parameters(layer, layer.__dict__["_tied_to"])
         else:
             super().process_weights_after_loading(layer)
-            qw = kept_weight(layer, self.rows.weight.rotation)
             config = get_current_vllm_config_or_none()
             if config is not None:
+                qw = kept_weight(layer, self.rows.weight.rotation)
                 kernels.compile_ahead(qw, config.model_config.dtype, token_counts(layer, config))
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
@@ -373,9 +373,14 @@ class ExpertsMethod(FusedMoEMethodBase):
         config = get_current_vllm_config_or_none()
         if config is not None:
             tokens, choices = token_counts(layer, config), layer.moe_config.experts_per_token
-            up, down = (kept_weight(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
+            up, down = self._weights(layer)
             kernels.compile_ahead(up, config.model_config.dtype, tokens, choices)
             kernels.compile_ahead(down, config.model_config.dtype, [choices * count for count in tokens], 1)
+
+    def _weights(self, layer: RoutedExperts) -> tuple[QuantizedWeight, QuantizedWeight]:
+        """Gate and up, stacked; down."""
+        rotation = self.up.rotation
+        return kept_weight(layer, rotation, _UP), kept_weight(layer, rotation, _DOWN)
 
     def apply(  # type: ignore[override]
         self,
@@ -389,5 +394,4 @@ class ExpertsMethod(FusedMoEMethodBase):
         del shared_experts, shared_experts_input  # run by the caller
         if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
             topk_ids = layer.expert_map[topk_ids]
-        up, down = (kept_weight(layer, self.up.rotation, prefix) for prefix in (_UP, _DOWN))
-        return routed_experts_op(x, topk_weights, topk_ids, up, down, self.activation)
+        return routed_experts_op(x, topk_weights, topk_ids, *self._weights(layer), self.activation)

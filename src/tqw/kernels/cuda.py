@@ -421,10 +421,16 @@ def _prepared(x: Tensor, qw: QuantizedWeight) -> _Ready | None:
 def linear_again(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
     """`linear` for a weight that has been through it, without asking again whether it can be; else None."""
     ready = _prepared(x, qw)
-    if ready is None:
-        return None
-    enter(x.get_device())
-    with _on(x):
+    return None if ready is None else _product_on(x, ready, bias)
+
+
+def _product_on(x: Tensor, ready: _Ready, bias: Tensor | None) -> Tensor:
+    """`_product` in any thread, whichever device is the current one."""
+    index = x.get_device()
+    enter(index)
+    if torch._C._cuda_getDevice() == index:
+        return _product(x, ready, bias)
+    with torch.cuda.device(index):
         return _product(x, ready, bias)
 
 
@@ -459,11 +465,7 @@ def linear_kept(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor |
         if ready is None:
             return None
         kept = qw.__dict__["_cuda_kept"] = _Kept(x, qw, ready)  # not a field: equality and replace() do not see it
-    enter(kept.device)
-    if torch._C._cuda_getDevice() == kept.device:
-        return _product(x, kept.ready, bias)
-    with torch.cuda.device(kept.device):
-        return _product(x, kept.ready, bias)
+    return _product_on(x, kept.ready, bias)
 
 
 def experts(x: Tensor, qw: QuantizedWeight, ids: Tensor, bias: Tensor | None = None) -> Tensor | None:

@@ -473,17 +473,18 @@ def _grouped_plan(variant: Variant, pairs: int, choices: int, count: int, out: i
 def expert_plan(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> Plan | None:
     """The launches for all pairs (token, expert): by blocks of one of `count` experts, or by one kernel, in which
     each pair reads its expert's codes. None: not even one token fits."""
-    pairs = tokens * choices
-    grouped = grouped_variant(base, pairs, count, out, device)
-    if grouped is not None:
-        return _grouped_plan(grouped, pairs, choices, count, out, device)
-    return decode_plan(decode_variant(replace(base, experts=True), 1, out, device), 1, out, device, pairs)
+    variant, pairs = expert_module(base, tokens, choices, count, out, device), tokens * choices
+    if variant is None:
+        return None
+    if variant.columns:
+        return _grouped_plan(variant, pairs, choices, count, out, device)
+    return decode_plan(variant, 1, out, device, pairs)
 
 
 def expert_module(base: Variant, tokens: int, choices: int, count: int, out: int, device: Device) -> Variant | None:
     """The module of `expert_plan`."""
-    alone = decode_variant(replace(base, experts=True), 1, out, device)
-    return grouped_variant(base, tokens * choices, count, out, device) or _fitting(alone, 1, device)
+    grouped = grouped_variant(base, tokens * choices, count, out, device)
+    return grouped or _fitting(decode_variant(replace(base, experts=True), 1, out, device), 1, device)
 
 
 @lru_cache(maxsize=4096)
