@@ -155,6 +155,8 @@ def test_settings(name, settings, quantized):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_ranks(name, quantized, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    if torch.cuda.is_available():  # which has asked the driver: a fork could not use a GPU
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     folder = quantized(name, bits="4+4")
     check_tokens(vllm_tokens(folder, enforce_eager=True, tensor_parallel_size=2), folder)
 
