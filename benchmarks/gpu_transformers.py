@@ -65,7 +65,6 @@ def milliseconds_per_token(model: Any, batch: int, static: bool) -> float:
     return 1e3 * statistics.median(differences) / (LONG - SHORT)
 
 
-@torch.inference_mode()
 def measure(shape: Shape) -> list[dict[str, Any]]:
     rows = []
     for bits in (16, 4):

@@ -89,6 +89,23 @@ def test_only_offloaded_layers_are_lent():
         assert is_lent(layer) == offload
 
 
+@pytest.mark.parametrize("how", ["quantized", "loaded"])
+def test_a_model_made_in_inference_mode_is_an_ordinary_one(how, tmp_path):
+    dense = tiny("llama")
+    dense.save_pretrained(tmp_path / "float")
+    with torch.inference_mode():
+        if how == "quantized":
+            tqw.quantize_model(dense, tqw.QuantConfig(group_size=32, embedding=8, lm_head=8))
+            model = dense
+        else:
+            tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", calibrate="none")
+            model = tqw.load(tmp_path / "out")
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    losses = training_losses(adapted, token_ids())
+    assert losses[-1] < losses[0]
+
+
 def test_a_whole_model_is_exported():
     model = quantized()
     program = torch.export.export(model, (), {"input_ids": token_ids(), "use_cache": False}, strict=False)

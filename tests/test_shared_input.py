@@ -190,10 +190,25 @@ def test_weights_that_differ_are_not_joined():
     assert join([weights[0], seed]) is None
 
 
-def test_weights_that_could_change_unnoticed_are_not_joined():
+@pytest.mark.parametrize("joining", [False, True], ids=["outside", "inside"])
+def test_layers_made_in_inference_mode_are_joined(monkeypatch, joining):
+    """Their tensors have no versions; those that could change unnoticed get one."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with torch.inference_mode():
-        model = family()
-    assert join([model.q_proj.quantized_weight, model.k_proj.quantized_weight]) is None
+        model = copy.deepcopy(family())
+        share_inputs(model)
+    assert model.q_proj.channel_scale.is_inference()
+    state = copy.deepcopy(model.state_dict())
+    shared = model.q_proj.__dict__["_shared_input"]
+    with torch.inference_mode(joining):
+        joined = shared._join(torch.device("cpu"))
+    assert joined is not None
+    assert torch.equal(dequantize(joined.weight)[:96], dequantize(model.q_proj.quantized_weight))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.k_proj.channel_scale.mul_(2)
+    assert shared._join(torch.device("cpu")) is None
 
 
 def test_weights_on_different_devices_are_not_joined():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits
 from tqw.shared_input import SharedInput
-from tqw.weight import QuantizedWeight, quantize
+from tqw.weight import QuantizedWeight, normal_tensor, quantize
 
 ROTATION_MATRIX = "rotation_matrix"  # the one tensor that layers share; a checkpoint stores it once
 STORED_FLOATS = ("scale", ROTATION_MATRIX)  # how names end whose dtype is the format's, not the model's
@@ -37,8 +37,10 @@ def attach(module: nn.Module, qw: QuantizedWeight, prefix: str = "") -> None:
     """Register the tensors of `qw` as frozen parameters of `module`."""
 
     def put(name: str, tensor: Tensor) -> None:
-        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        module.register_parameter(name, parameter)
+        if not isinstance(tensor, nn.Parameter):
+            with torch.inference_mode(False):
+                tensor = nn.Parameter(normal_tensor(tensor), requires_grad=False)
+        module.register_parameter(name, tensor)
 
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):
         packed_name, scale_name, channel_name = parameter_names(prefix, index)

@@ -318,6 +318,7 @@ def _model_card(report: QuantizationReport, source: Source | None) -> str:
     )
 
 
+@torch.inference_mode(False)  # else the model's tensors could not be trained around, nor changed outside
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Load a quantized directory (or a hub id) onto `device` without ever holding the dense model.
 

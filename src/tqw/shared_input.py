@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore
 
 from tqw import kernels
 from tqw.kernels import cpu
-from tqw.weight import QuantizedWeight
+from tqw.weight import QuantizedWeight, normal_tensor
 
 _MOST_TOKENS = {"cpu": 8, "cuda": 64}  # with more, the products outweigh everything else
 _MOST_MISSES = 8  # then the layers do not really share their inputs
@@ -96,8 +96,6 @@ def join(weights: Sequence[QuantizedWeight]) -> JoinedWeight | None:
             return None
         if not torch.equal(qw.channel_scale[0], first.channel_scale[0]):
             return None
-        if qw.channel_scale[0].is_inference():  # it could change unnoticed
-            return None
     with torch.inference_mode(False):
         stacks = [torch.cat([t.data for t in tensors]) for tensors in zip(*map(_stacked, weights), strict=True)]
         row = 0
@@ -131,6 +129,15 @@ def _family_fake(x: Tensor, packed, weight_scale, channel_scale, rotation) -> Te
     del weight_scale, rotation
     passes = len(packed) // len(channel_scale)
     return x.new_empty(*x.shape[:-1], sum(codes.shape[-2] for codes in packed[::passes]))
+
+
+def _make_normal(layer: nn.Module) -> None:
+    """The parameters of a layer loaded under torch.inference_mode: without versions, a channel scale could change
+    unnoticed, and their memory cannot be moved."""
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and parameter.is_inference():
+            with torch.inference_mode(False):
+                layer._parameters[name] = nn.Parameter(normal_tensor(parameter), requires_grad=False)
 
 
 class SharedInput:
@@ -211,7 +218,9 @@ class SharedInput:
             if torch.cuda.is_current_stream_capturing():
                 return None  # memory from inside a capture belongs to the graph
             self.misses += 1
-            self.joined = join(weights)
+            for member in self.layers:
+                _make_normal(member)
+            self.joined = join([member.quantized_weight for member in self.layers])
         self.place = self._place()
         return self.joined
 

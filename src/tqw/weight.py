@@ -128,6 +128,14 @@ class QuantizedWeight:
         ]
 
 
+def normal_tensor(tensor: Tensor) -> Tensor:
+    """The tensor; of one made under torch.inference_mode, which autograd refuses and which has no version, a copy."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def transform(x: Tensor, channel_scale: Tensor, matrix: Tensor | None) -> Tensor:
     """T(x) = H (a * x): [..., in] -> [..., padded_in], in the dtype of x."""
     scaled = x * decode_channel_scale(channel_scale).to(x.dtype)
