@@ -28,7 +28,8 @@ from torch import Tensor
 from tqw import bench, kernels
 from tqw.config import QuantConfig
 from tqw.kernels import cuda, cuda_launch, cuda_plan
-from tqw.layer import QuantizedExperts, expert_projections, expert_weight, routed_tokens
+from tqw.layer import QuantizedExperts, expert_projections, expert_weight
+from tqw.mixture import routed_tokens
 from tqw.report import document, write_json
 from tqw.weight import QuantizedWeight, dequantize, empty_weight, quantize
 

@@ -26,29 +26,15 @@ SHORT, LONG, PROMPT, REPEATS = 16, 80, 2048, 3
 BATCHES = (1, 16, 64)
 
 
-def configuration_of(name: str) -> Any:
-    import transformers
-    from gpu_model import SHAPES
-    from gpu_transformers import configuration
-
-    if name != "Qwen3-30B-A3B":
-        return configuration(next(shape for shape in SHAPES if shape.name == name))
-    return transformers.Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
-        norm_topk_prob=True, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-
-
 def make(name: str, method: str, folder: Path) -> None:
     """dense: a config, whose weights vLLM draws at random; tqw: a quantized model."""
     import torch
-    from gpu_transformers import build
+    from gpu_transformers import build, configuration
 
     import tqw
     from tqw.pretrained import save
 
-    model = build(configuration_of(name), "meta" if method == "dense" else "cuda")
+    model = build(configuration(name), "meta" if method == "dense" else "cuda")
     if method == "dense":
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -30,14 +30,13 @@ def check(found: torch.Tensor, expected: torch.Tensor, bound: float = 2e-3) -> N
     assert difference < bound, f"differs by {difference:.2e}"
 
 
-def wide() -> torch.nn.Module:
+def wide(name: str = "llama") -> torch.nn.Module:
     """Float32, of several rotation blocks, so that all kernels take part."""
-    import transformers
-
-    config = tiny("llama").config
+    model = tiny(name)
+    config = model.config
     config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = type(model)(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -98,6 +97,16 @@ def test_generate_with_a_static_cache_compiles_the_step(stored):
     model = from_pretrained(stored / "out", device_map="cuda:0")
     expected = continued(model)
     assert len(expected) == 12 + 8
+    for _ in range(2):
+        assert continued(model, cache_implementation="static") == expected
+    assert hasattr(model, "_compiled_call") or hasattr(model, "_last_compile_config")
+
+
+def test_a_mixture_is_generated_by_compiled_steps():
+    model = wide("mixtral")
+    tqw.quantize_model(model, QuantConfig(bits="4"))
+    model.to("cuda:0")
+    expected = continued(model)
     for _ in range(2):
         assert continued(model, cache_implementation="static") == expected
     assert hasattr(model, "_compiled_call") or hasattr(model, "_last_compile_config")

@@ -16,11 +16,11 @@ ORDER = [
     "kernels.cpu", "kernels.gpu", "kernels.cuda_launch", "kernels.cuda_variant", "kernels.cuda_plan", "kernels.cuda",
     "kernels.triton_kernels", "kernels.triton",
     "kernels.cutile_kernels", "kernels.cutile", "kernels.reference", "kernels",
-    "shared_input", "layer", "model", "training",
+    "shared_input", "mixture", "layer", "model", "training",
     # the edge: nothing above imports it
     "gradients", "allocation", "calibrate", "moments", "propagation", "refine", "evaluate", "source", "pretrained",
     "generate", "peers", "bench", "footprint", "report", "compare", "demo", "integrations", "integrations.lm_eval",
-    "cli", "integrations.serving", "integrations.transformers", "registration", "integrations.vllm_experts",
+    "cli", "integrations.serving", "integrations.transformers", "registration",
     "integrations.vllm_layers", "integrations.vllm", "integrations.sglang_layers", "integrations.sglang",
 ]  # fmt: skip
 

@@ -10,7 +10,6 @@ import torch
 from conftest import tiny, token_ids
 from torch import nn
 
-from tqw import kernels
 from tqw.calibrate import input_power
 from tqw.config import QuantConfig
 from tqw.errors import TqwError
@@ -54,27 +53,6 @@ def test_fused_experts_are_quantized_and_routers_are_not(name):
     actions = {record.name: record.action for record in report.tensors}
     assert all(actions[n] == "quantized" for n in actions if n.endswith(("gate_up_proj", "down_proj")))
     assert all(actions[n] == "kept" for n in actions if ".router." in n or n.endswith("mlp.gate.weight"))
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_a_mixture_by_pairs_is_the_mixture_by_expert(monkeypatch, name):
-    """The kernel stands in as its definition; ids of another rank add nothing either way."""
-
-    def experts(x, qw, ids, bias):
-        rows = [
-            kernels.linear(x[t], qw[e], None if bias is None else bias[e])
-            for t, choices in enumerate(ids.clamp(0, 3).tolist())
-            for e in choices
-        ]
-        return torch.stack(rows).view(*ids.shape, -1)
-
-    monkeypatch.setattr(kernels, "experts", experts)
-    model = tiny(name)
-    quantize_model(model, QuantConfig(bits=4, group_size=32))
-    module = next(m for m in model.modules() if isinstance(m, QuantizedExperts))
-    x, ids, weights = torch.randn(3, 64), torch.tensor([[0, 3], [2, 4], [1, -1]]), torch.rand(3, 2)
-    with torch.no_grad():
-        torch.testing.assert_close(module._by_pairs(x, ids, weights), module(x, ids, weights), rtol=1e-5, atol=1e-5)
 
 
 def test_experts_compute_the_dense_mixture():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tqw.errors import TqwError
-from tqw.layer import expert_projections, expert_weight, gate, routed_tokens
+from tqw.layer import expert_projections, expert_weight, gate
+from tqw.mixture import routed_tokens
 from tqw.model import Progress, kind_of
 
 SEQUENCES = 8

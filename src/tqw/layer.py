@@ -6,7 +6,8 @@ All tensors are `nn.Parameter(requires_grad=False)`, named as on disk. Pass 0 is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tqw import kernels
 from tqw.config import QuantConfig, format_bits
+from tqw.mixture import Experts, Projection, mixture
 from tqw.shared_input import SharedInput
 from tqw.weight import QuantizedWeight, normal_tensor, quantize
 
@@ -252,37 +254,6 @@ def gate(experts: nn.Module, projected: Tensor) -> Tensor:
     return experts.act_fn(projected)  # type: ignore[operator]
 
 
-def routed_tokens(top_k_index: Tensor, experts: int) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """(expert, token rows, positions among the token's choices) for every expert that was chosen."""
-    for expert in torch.unique(top_k_index).tolist():
-        if 0 <= expert < experts:
-            tokens, positions = torch.where(top_k_index == expert)
-            yield expert, tokens, positions
-
-
-def mixture_by_pairs(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: tuple[QuantizedWeight, Tensor | None],
-    down: tuple[QuantizedWeight, Tensor | None],
-    activate: Callable[[Tensor], Tensor],
-    finish: Callable[[Tensor], Tensor] = lambda y: y,
-) -> Tensor | None:
-    """y_t = sum_k weights[t, k] finish(down_e(activate(up_e(x_t)))), e = ids[t, k], over the experts that exist.
-
-    All pairs of a projection (weight, bias) together, nothing on the host depends on the ids; None where that is not
-    possible or not faster.
-    """
-    projected = kernels.experts(x, up[0], ids, up[1])
-    if projected is None:
-        return None
-    y = kernels.experts(activate(projected.flatten(0, 1)), down[0], ids.reshape(-1, 1), down[1])
-    if y is None:
-        return None
-    return kernels.combine(finish(y).view(*ids.shape, -1), weights, ids, up[0].packed[0].shape[0]).to(x.dtype)
-
-
 class QuantizedExperts(nn.Module):
     """Fused experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(gate(up_e(x_t))).
 
@@ -316,28 +287,16 @@ class QuantizedExperts(nn.Module):
     def quantized_weight(self, name: str) -> QuantizedWeight:
         return kept_weight(self, self.rotation, name)
 
-    def _project(self, x: Tensor, name: str, expert: int) -> Tensor:
-        bias = getattr(self, f"{name}_bias")
-        return kernels.linear(x, self.quantized_weight(name)[expert], None if bias is None else bias[expert])
+    def _projection(self, name: str) -> Projection:
+        return self.quantized_weight(name), getattr(self, f"{name}_bias")
 
     def _finish(self, y: Tensor) -> Tensor:
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y  # type: ignore[operator]
 
-    def _by_pairs(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
-        up, down = ((self.quantized_weight(name), getattr(self, f"{name}_bias")) for name in self.projections)
-        return mixture_by_pairs(x, ids, weights, up, down, lambda projected: gate(self, projected), self._finish)
-
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if hidden_states.is_cuda and kernels.plain_eager(hidden_states, top_k_weights):
-            together = self._by_pairs(hidden_states, top_k_index, top_k_weights)
-            if together is not None:
-                return together
-        up, down = self.projections
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert, tokens, positions in routed_tokens(top_k_index, self.num_experts):
-            y = self._finish(self._project(gate(self, self._project(hidden_states[tokens], up, expert)), down, expert))
-            output.index_add_(0, tokens, (y * top_k_weights[tokens, positions, None]).float())
-        return output.to(hidden_states.dtype)
+        up, down = map(self._projection, self.projections)
+        experts = Experts(up, down, partial(gate, self), self._finish)
+        return mixture(hidden_states, top_k_index, top_k_weights, experts)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, " + _describe(self.quantized_weight("down_proj"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
@@ -47,8 +48,8 @@ from tqw.integrations.serving import (
     tensor_names,
     unfilled,
 )
-from tqw.integrations.vllm_experts import ACTIVATIONS, routed_experts_op
 from tqw.layer import ROTATION_MATRIX, attached, kept_weight, parameter_names
+from tqw.mixture import Experts, mixture
 from tqw.pretrained import STORED_MATRIX
 from tqw.weight import QuantizedWeight
 
@@ -56,6 +57,11 @@ _UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for 
 _STACKED = {"gate_up_proj": _UP, "w13": _UP, "down_proj": _DOWN, "w2": _DOWN}  # how stored names begin (hub_names)
 _EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
 Weights = Iterable[tuple[str, Tensor]]
+ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # vLLM's op with the product, the function alone
+    "silu": ("silu_and_mul", functional.silu),
+    "gelu": ("gelu_and_mul", functional.gelu),
+    "gelu_tanh": ("gelu_tanh_and_mul", partial(functional.gelu, approximate="tanh")),
+}
 
 
 def hub_names(model_type: str) -> list[tuple[str, str]]:
@@ -279,7 +285,9 @@ class TqwLinearMethod(StackedLinear, LinearMethodBase):
 
 
 class ExpertsMethod(FusedMoEMethodBase):
-    """Routed experts, one expert at a time, behind one op. Names of parameters are vLLM's; layouts are the stored."""
+    """Routed experts. Names of parameters are vLLM's; layouts are the stored."""
+
+    topk_indices_dtype = torch.int64  # of the ids, as our kernels read them
 
     def __init__(self, config: TqwConfig, name: str, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
@@ -394,4 +402,14 @@ class ExpertsMethod(FusedMoEMethodBase):
         del shared_experts, shared_experts_input  # run by the caller
         if layer.expert_map is not None:  # of all experts' ids to this rank's, -1 for others
             topk_ids = layer.expert_map[topk_ids]
-        return routed_experts_op(x, topk_weights, topk_ids, *self._weights(layer), self.activation)
+        up, down = self._weights(layer)
+        return mixture(x, topk_ids, topk_weights, Experts((up, None), (down, None), self._activate))
+
+    def _activate(self, projected: Tensor) -> Tensor:
+        fused, activation = ACTIVATIONS[self.activation]
+        if projected.is_cuda:
+            y = projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
+            getattr(torch.ops._C, fused)(y, projected)  # vLLM's: one kernel
+            return y
+        gate, linear = projected.chunk(2, -1)
+        return activation(gate) * linear

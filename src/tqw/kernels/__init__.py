@@ -11,6 +11,7 @@ torch.compile, functional, and take plain tensors (lists hold one tensor for eac
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from types import ModuleType
 
 import torch
@@ -30,10 +31,10 @@ BACKENDS: dict[str, ModuleType] = {
     "cutile": cutile,
 }
 
-_WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
-torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {_WEIGHT_ARGS}) -> Tensor")
-torch.library.define("tqw::linear_backward", f"(Tensor grad, {_WEIGHT_ARGS}) -> Tensor")
-torch.library.define("tqw::embedding", f"(Tensor ids, {_WEIGHT_ARGS}, ScalarType dtype) -> Tensor")
+WEIGHT_ARGS = "Tensor[] packed, Tensor[] weight_scale, Tensor[] channel_scale, Tensor? rotation_matrix, str rotation"
+torch.library.define("tqw::linear", f"(Tensor x, Tensor? bias, {WEIGHT_ARGS}) -> Tensor")
+torch.library.define("tqw::linear_backward", f"(Tensor grad, {WEIGHT_ARGS}) -> Tensor")
+torch.library.define("tqw::embedding", f"(Tensor ids, {WEIGHT_ARGS}, ScalarType dtype) -> Tensor")
 
 
 def from_arguments(
@@ -113,12 +114,15 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*packed, *weight_scale, *channel_scale, rotation_matrix)
 
 
+def in_lists(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """Lists of so many tensors each."""
+    rest = iter(tensors)
+    return [list(islice(rest, count)) for count in counts]
+
+
 def _backward(ctx, grad: Tensor):
     *tensors, rotation_matrix = ctx.saved_tensors
-    lists, start = [], 0
-    for count in ctx.counts:
-        lists.append(list(tensors[start : start + count]))
-        start += count
+    lists = in_lists(tensors, ctx.counts)
     dx = torch.ops.tqw.linear_backward(grad, *lists, rotation_matrix, ctx.rotation) if ctx.needs_input_grad[0] else None
     db = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
     return dx, db, *([None] * count for count in ctx.counts), None, None
