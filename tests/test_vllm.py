@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import free_port
@@ -33,6 +34,7 @@ os.environ["TQW_CPU_ACTIVATIONS"] = "float"
 
 PROMPTS = [list(range(3 + start, 15 + start)) for start in (0, 40)]
 NEW_TOKENS = 16
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="on CPUs vLLM fails, with dense models too")
 ARCHITECTURES = ("llama", "tied", "qwen3", "mixtral", "qwen3_moe")
 
 
@@ -82,15 +84,20 @@ def quantized(tmp_path_factory):
     return make
 
 
-def vllm_tokens(folder: Path, **options: Any) -> list[list[int]]:
+def vllm_tokens(folder: Path, adapter: Path | None = None, **options: Any) -> list[list[int]]:
     """Greedy continuations by vLLM."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
+    if adapter is not None:
+        options |= {"enable_lora": True, "max_lora_rank": 8}
+    request = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
     llm = LLM(str(folder), dtype="float32", max_model_len=128, skip_tokenizer_init=True, **options)
     try:
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        answers = llm.generate(prompts, sampling, use_tqdm=False, lora_request=request)
         return [list(answer.outputs[0].token_ids) for answer in answers]
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -106,12 +113,14 @@ def generated(model: Any) -> list[list[int]]:
     return [model.generate(torch.tensor([ids]), **limits)[0, len(ids) :].tolist() for ids in PROMPTS]
 
 
-def check_tokens(tokens: list[list[int]], folder: Path) -> None:
-    """The greedy tokens of transformers on the CPU. On a GPU, where attention rounds float32 to TF32 (11 bits), two
-    tokens may change places whose logits differ by a small part of the logits' spread."""
+def check_tokens(tokens: list[list[int]], folder: Path, adapter: Path | None = None) -> None:
+    """The greedy tokens of transformers (and peft) on the CPU. On a GPU, where attention rounds float32 to TF32 (11
+    bits), two tokens may change places whose logits differ by a small part of the logits' spread."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
     if not torch.cuda.is_available():
         assert tokens == generated(model)
         return
@@ -152,13 +161,52 @@ def test_settings(name, settings, quantized):
     check_tokens(vllm_tokens(folder, enforce_eager=True), folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_two_ranks(name, quantized, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("tied", {"bits": "4+4", "lm_head": 8, "embedding": 8}),
+        ("qwen3_moe", {}),  # vLLM has adapters for experts of its own kernels only, and looks for none of others so
+    ],
+)
+def test_an_adapter(name, settings, quantized, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = quantized(name, **settings)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if name == "qwen3_moe":
+        options = {"lora_target_modules": targets}
+    else:
+        options, targets = {}, [*targets, "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
+    tokens = vllm_tokens(folder, tmp_path / "adapter", enforce_eager=True, **options)
+    check_tokens(tokens, folder, tmp_path / "adapter")
+    assert tokens != generated(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_adapters_for_experts_are_refused(quantized):
+    with pytest.raises(ValueError, match=r"expected --lora-target-modules .* got none"):
+        vllm_tokens(quantized("mixtral"), enable_lora=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"tensor_parallel_size": 2}),
+        ("mixtral", {"tensor_parallel_size": 2}),
+        ("mixtral", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        pytest.param("llama", {"pipeline_parallel_size": 2}, marks=needs_gpus),
+        pytest.param("mixtral", {"pipeline_parallel_size": 2}, marks=needs_gpus),
+    ],
+)
+def test_two_ranks(name, options, quantized, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     if torch.cuda.is_available():  # which has asked the driver: a fork could not use a GPU
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     folder = quantized(name, bits="4+4")
-    check_tokens(vllm_tokens(folder, enforce_eager=True, tensor_parallel_size=2), folder)
+    check_tokens(vllm_tokens(folder, enforce_eager=True, **options), folder)
 
 
 def test_first_passes_only(quantized):

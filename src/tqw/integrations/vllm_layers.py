@@ -304,6 +304,12 @@ class ExpertsMethod(FusedMoEMethodBase):
                 f"expected experts that gate with {', '.join(ACTIVATIONS)}, got {self.activation!r} (or a limit, or "
                 f"weights on the input) in {name}: keep its experts dense with an override, or use transformers"
             )
+        vllm = get_current_vllm_config_or_none()
+        if vllm is not None and vllm.lora_config is not None and not vllm.lora_config.target_modules:
+            raise TqwError(
+                f"expected --lora-target-modules (q_proj k_proj v_proj o_proj, say) beside {name}, got none: vLLM "
+                "would prepare experts for adapters, too, which only its own kernels have"
+            )
         self.up, self.down = stored["gate_up_proj"], stored["down_proj"]
 
     def create_weights(
