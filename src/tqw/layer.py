@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -230,10 +231,13 @@ class QuantizedEmbedding(nn.Embedding):
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """True for transformers 5's stacked experts: 3-D parameters `down_proj` and `gate_up_proj` or `up_proj`."""
-    names = ("down_proj", "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj")
-    parameters = [getattr(module, name, None) for name in names]
-    return all(isinstance(p, nn.Parameter) and p.ndim == 3 and p.is_floating_point() for p in parameters)
+    """True for transformers 5's stacked experts: 3-D parameters `down_proj` and `gate_up_proj` or `up_proj`, a rule for
+    the gate (LongCat's have none), called with hidden states, ids and weights (Llama 4's are not)."""
+    gated = hasattr(module, "gate_up_proj")
+    parameters = [getattr(module, name, None) for name in ("down_proj", "gate_up_proj" if gated else "up_proj")]
+    if not all(isinstance(p, nn.Parameter) and p.ndim == 3 and p.is_floating_point() for p in parameters):
+        return False
+    return (hasattr(module, "_apply_gate") or not gated) and len(signature(module.forward).parameters) >= 3
 
 
 def expert_projections(experts: nn.Module) -> tuple[str, str]:

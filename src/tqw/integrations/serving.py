@@ -83,6 +83,9 @@ def parts_of(prefix: str, fused: Mapping[str, list[str]], find: Callable[[str], 
 
     fused: last part of a fused layer's name -> those of its parts. find: engine's name -> stored name or None.
     """
+    whole = find(prefix)
+    if whole is not None:  # the model stores it fused
+        return [whole]
     parent, _, leaf = prefix.rpartition(".")
     leaves = fused.get(leaf, [leaf])
     found = {part: find(f"{parent}.{part}" if parent else part) for part in leaves}

@@ -54,8 +54,10 @@ from tqw.pretrained import STORED_MATRIX
 from tqw.weight import QuantizedWeight
 
 _UP, _DOWN = "w13_weight", "w2_weight"  # vLLM's names for gate and up, and for down
-_STACKED = {"gate_up_proj": _UP, "w13": _UP, "down_proj": _DOWN, "w2": _DOWN}  # how stored names begin (hub_names)
+_STACKED = {"gate_up_proj": _UP, "down_proj": _DOWN}  # how stored names begin
 _EMBEDDING = re.compile(r"(embed_tokens|embeddings?|embed|wte)$")
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # a model's own first
+_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}  # what vLLM transposes while it loads
 Weights = Iterable[tuple[str, Tensor]]
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # vLLM's op with the product, the function alone
     "silu": ("silu_and_mul", functional.silu),
@@ -65,16 +67,22 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # vLLM's op 
 
 
 def hub_names(model_type: str) -> list[tuple[str, str]]:
-    """(part of a name in transformers, the same on the hub and in vLLM) of mixtures of experts that transformers
-    renames. What it merely fuses vLLM knows."""
-    pairs = []
+    """(part of a name in transformers, the same on the hub and in vLLM) of mixtures that transformers renames."""
+    conversions = get_checkpoint_conversion_mapping(model_type) or ()
+    renamed = any(list(conversion.source_patterns) == [".block_sparse_moe."] for conversion in conversions)
+    return [(".mlp.", ".block_sparse_moe.")] if renamed else []
+
+
+def hub_experts(model_type: str) -> dict[str, list[str]]:
+    """gate_up_proj, down_proj -> the names on the hub of what transformers stacks in them: gate_proj and up_proj, say.
+    Empty where it stacks nothing."""
+    found = {}
     for conversion in get_checkpoint_conversion_mapping(model_type) or ():
-        sources = list(conversion.source_patterns)
-        if sources == [".block_sparse_moe."]:
-            pairs.append((".mlp.", ".block_sparse_moe."))
-        elif any(".experts.*.w1." in source for source in sources):
-            pairs += [(".experts.gate_up_proj", ".experts.w13"), (".experts.down_proj", ".experts.w2")]
-    return pairs
+        parts = [re.fullmatch(r".*\.experts\.\*\.(\w+)\.weight", source) for source in conversion.source_patterns]
+        leaves = [part[1] for part in parts if part is not None]
+        if leaves:
+            found[conversion.target_patterns[0].rpartition(".")[2]] = leaves
+    return found
 
 
 class _Reader(WeightsMapper):
@@ -108,6 +116,8 @@ class TqwConfig(QuantizationConfig):
         self.stored: Stored = {}  # by names of the checkpoint, passes to load only
         self.modules: dict[str, str] = {}  # vLLM's names -> names of the checkpoint
         self.renamed: list[tuple[str, str]] = []
+        self.experts: dict[str, list[str]] = {}
+        self.transposed: tuple[str, ...] = ()
         self.dropped: set[str] = set()
         self.matrices: dict[int, nn.Parameter] = {}
         self.embedding: str | None = None
@@ -145,7 +155,9 @@ class TqwConfig(QuantizationConfig):
             for prefix, qw in weights.items():
                 later = range(len(self.stored[module][prefix].packed), len(qw.packed))
                 self.dropped |= tensor_names(module, prefix, later)
-        self.renamed = hub_names(getattr(hf_config, "model_type", ""))
+        model_type = getattr(hf_config, "model_type", "")
+        self.renamed, self.experts = hub_names(model_type), hub_experts(model_type)
+        self.transposed = _TRANSPOSED.get(model_type, ())
         self.modules = {self._hub_name(name): name for name in self.stored}
         text_config = hf_config.get_text_config() if hf_config is not None else None
         self.vocabulary = getattr(text_config, "vocab_size", 0)
@@ -173,7 +185,7 @@ class TqwConfig(QuantizationConfig):
                 self.embedding = name = name or self._nameless_embedding(prefix)
             return TqwLinearMethod(self, [name]) if name else None
         if isinstance(layer, LinearBase):
-            names = parts_of(prefix, self.packed_modules_mapping, self._take)
+            names = parts_of(prefix, _FUSED | self.packed_modules_mapping, self._take)
             return TqwLinearMethod(self, names) if names else UnquantizedLinearMethod()
         return None
 
@@ -210,12 +222,27 @@ class TqwConfig(QuantizationConfig):
             elif module in tables:
                 tables[module][key] = tensor
             else:
-                yield self._hub_name(name), tensor
+                yield from self._as_on_the_hub(module, key, tensor)
         for module, tensors in tables.items():
             if tensors:
                 qw = attached(holder(tensors), self.config.rotation)
                 qw = replace(qw, rotation_matrix=self.matrix(qw, qw.device))
                 yield f"{module}.weight", kernels.dequantize(qw, torch.get_default_dtype())
+
+    def _as_on_the_hub(self, module: str, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Stacked experts, dense ones too, one by one, since not all of vLLM's loaders know stacks; what all share as
+        the first's."""
+        name, stored = self._hub_name(module), self.stored.get(module, {})
+        if stored and key == "weight" and name.rpartition(".")[2] in self.transposed:
+            tensor = tensor.t()
+        prefix = next((prefix for prefix in self.experts if key.startswith(prefix)), None)
+        if prefix is None or not (prefix in stored or (key == prefix and tensor.ndim == 3)):
+            yield (f"{name}.{key}" if module else key), tensor
+            return
+        leaves, shared = self.experts[prefix], tensor.ndim == 1
+        for expert, rows in enumerate([tensor] if shared else tensor):
+            for leaf, part in zip(leaves, [rows] if shared else rows.chunk(len(leaves)), strict=not shared):
+                yield f"{name}.{expert}.{leaf}.weight{key.removeprefix(prefix)}", part
 
     def _needs_dense(self, name: str) -> bool:
         """An embedding or head that vLLM's model class builds without asking for its quantization."""
@@ -328,7 +355,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         self._create(layer, _UP, self.up, num_experts, 2 * middle, hidden_size, weight_loader)
         self._create(layer, _DOWN, self.down, num_experts, hidden_size, middle, weight_loader)
         # vLLM's own takes the layout of stacked tensors from their shapes, which are not those of packed codes
-        layer.__dict__["load_weights"] = partial(self.load, layer)
+        layer.__dict__["load_weights"] = partial(self.load, layer, layer.load_weights)
 
     def _create(
         self,
@@ -361,10 +388,13 @@ class ExpertsMethod(FusedMoEMethodBase):
                 put(channel_name, torch.empty(columns, dtype=torch.uint8), weight_loader=load_channel)
 
     @staticmethod
-    def load(layer: RoutedExperts, weights: Weights) -> Iterator[str]:
-        """Hand each expert's part of the stored tensors to the loader of its parameter; yields the names of those."""
+    def load(layer: RoutedExperts, one_by_one: Callable[[Weights], Iterable[str]], weights: Weights) -> Iterator[str]:
+        """Hand each expert's part of stacked tensors to the loader of its parameter; yields the names of those."""
         for name, tensor in weights:
-            stem = next(stem for stem in _STACKED if name.startswith(stem))
+            stem = next((stem for stem in _STACKED if name.startswith(stem)), None)
+            if stem is None:
+                yield from one_by_one([(name, tensor)])
+                continue
             parameter_name = _STACKED[stem] + name.removeprefix(stem)
             parameter: Any = layer.get_parameter(parameter_name)
             load = partial(parameter.weight_loader, param=parameter, weight_name=f"{layer.layer_name}.{parameter_name}")
