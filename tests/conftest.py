@@ -48,6 +48,7 @@ def tiny(name: str) -> Any:
             vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
         ),
         "qwen3": lambda: hf.Qwen3Config(**common, head_dim=16),
+        "gemma3": lambda: hf.Gemma3TextConfig(**common, head_dim=16),  # tied, its embedding scaled
         "hybrid": lambda: hf.Qwen3_5TextConfig(
             **common,
             head_dim=16,

@@ -129,6 +129,53 @@ def test_embeddings_tied_and_untied():
     del before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_embeddings_scale(dtype):
+    """Gemma's scale, a square root, is rounded to the dtype of the rows; 8 bits are off by less than 1 %."""
+    model = tiny("gemma3").to(dtype)
+    model.model.embed_tokens.scalar_embed_scale = 7.93
+    model.model.embed_tokens.embed_scale.fill_(7.93)
+    before = model.model.embed_tokens(token_ids()).float()
+    quantize_model(model, QuantConfig(embedding="8", lm_head="8"))  # type: ignore[arg-type]
+    table = model.model.embed_tokens
+    assert table.embed_scale == float(torch.tensor(7.93, dtype=dtype))
+    after = table(token_ids())
+    assert after.dtype == dtype
+    assert float((after.float() - before).norm() / before.norm()) < 0.01
+    assert model.lm_head.weight is table.weight
+    torch.testing.assert_close(table.dequantize(dtype)(token_ids()), after)
+    assert "embed_scale=7.9" in repr(table)
+
+
+def test_a_head_tied_to_an_embedding_that_is_left_alone_is_untied():
+    class Other(nn.Embedding):
+        pass
+
+    model = tiny("tied")
+    model.model.embed_tokens.__class__ = Other
+    before = model.model.embed_tokens.weight.clone()
+    quantize_model(model, QuantConfig(embedding="8", lm_head="8"))  # type: ignore[arg-type]
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert model.config.tie_word_embeddings is False
+
+
+def test_experts_that_are_called_otherwise_stay_dense():
+    """As Llama 4's, with hidden states alone."""
+    model = tiny("mixtral")
+    experts = model.model.layers[0].mlp.experts
+
+    class Alone(type(experts)):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    experts.__class__ = Alone
+    report = quantize_model(model, QuantConfig())
+    actions = {record.name: record.action for record in report.tensors if "experts" in record.name}
+    assert {action for name, action in actions.items() if "layers.0" in name} == {"kept"}
+    assert {action for name, action in actions.items() if "layers.1" in name} == {"quantized"}
+
+
 def test_any_module_works_and_nothing_to_quantize_is_an_error():
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
     report = quantize_model(model, QuantConfig(bits="8"))  # type: ignore[arg-type]

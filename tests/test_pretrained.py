@@ -62,7 +62,7 @@ def test_logits_are_bit_identical_after_a_round_trip(name, bits, tmp_path):
         {"embedding": "4", "lm_head": "8"},
     ],
 )
-@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("name", ["llama", "tied", "gemma3"])
 def test_every_setting_survives_the_round_trip(settings, name, tmp_path):
     model = tiny(name)
     report = quantize_model(model, QuantConfig(**settings))

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import tqw
 from tqw.pretrained import export
 
-ARCHITECTURES = ("llama", "tied", "odd", "gpt2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "hybrid", "vlm")
+ARCHITECTURES = ("llama", "tied", "odd", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_oss", "hybrid", "vlm")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -52,8 +52,9 @@ def test_quantize_save_load_is_bit_identical(name, dtype, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"bits": "3"}, {"bits": "4+4"}, {"rotation": "qr"}, {"lm_head": 8, "embedding": 8}]
 )
-def test_a_directory_that_tqw_wrote(settings, tmp_path):
-    tiny("tied").save_pretrained(tmp_path / "float")
+@pytest.mark.parametrize("name", ["tied", "gemma3"])
+def test_a_directory_that_tqw_wrote(name, settings, tmp_path):
+    tiny(name).save_pretrained(tmp_path / "float")
     tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", tqw.QuantConfig(**settings), calibrate="random")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(model), logits(tqw.load(tmp_path / "out")))
@@ -65,15 +66,15 @@ def test_a_directory_that_tqw_wrote(settings, tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
-def test_generate_and_dequantize(tmp_path):
-    tiny("llama").save_pretrained(tmp_path / "float")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "float", quantization_config=tqw.TransformersConfig(bits=8, calibrate="none")
-    )
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generate_and_dequantize(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path / "float")
+    config = tqw.TransformersConfig(bits=8, embedding=8, lm_head=8, calibrate="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     assert model.generate(token_ids(1), max_new_tokens=5, do_sample=False).shape[1] <= 12 + 5
     before = logits(model)
     dense = model.dequantize()
-    assert not any(isinstance(module, tqw.QuantizedLinear) for module in dense.modules())
+    assert not any(isinstance(module, (tqw.QuantizedLinear, tqw.QuantizedEmbedding)) for module in dense.modules())
     assert (logits(dense) - before).abs().max() < 0.1 * before.abs().max()
 
 

@@ -56,7 +56,23 @@ def tiny(name: str, **settings: Any) -> Any:
         "qwen3_moe": lambda: hf.Qwen3MoeConfig(
             **common, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2
         ),
-    }
+        "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+            **common, moe_intermediate_size=256, shared_expert_intermediate_size=256, num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        "deepseek_v3": lambda: hf.DeepseekV3Config(
+            **common | {"num_key_value_heads": 8}, moe_intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2,
+            n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=256,
+            qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, topk_method="noaux_tc",
+        ),
+        "gemma3": lambda: hf.Gemma3TextConfig(**common),
+        "phi3": lambda: hf.Phi3Config(**common),
+        "glm4": lambda: hf.Glm4Config(**common),
+        "stablelm": lambda: hf.StableLmConfig(**common),
+        "gpt2": lambda: hf.GPT2Config(
+            vocab_size=320, n_embd=256, n_layer=2, n_head=8, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
+    }  # fmt: skip
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32).eval()
     for parameter in model.parameters():
@@ -184,6 +200,34 @@ def test_an_adapter(name, settings, quantized, tmp_path):
     tokens = vllm_tokens(folder, tmp_path / "adapter", enforce_eager=True, **options)
     check_tokens(tokens, folder, tmp_path / "adapter")
     assert tokens != generated(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "glm4", "stablelm", "gpt2", "qwen2_moe"])
+def test_other_architectures(name, quantized):
+    """A scaled embedding; layers stored fused; fused layers of a class that does not say so; a transposed layout; a
+    shared expert."""
+    folder = quantized(name, lm_head=8, embedding=8)
+    check_tokens(vllm_tokens(folder, enforce_eager=True), folder)
+
+
+def test_experts_one_by_one_and_latent_attention(tmp_path):
+    """DeepSeek-V3, random, is not the same model to transformers and to vLLM, so vLLM's own tokens are expected: those
+    of the dequantized weights."""
+    model = tiny("deepseek_v3")
+    model.save_pretrained(tmp_path / "float")
+    config = tqw.QuantConfig(bits="4", group_size=64)  # type: ignore[arg-type]
+    tqw.quantize_pretrained(str(tmp_path / "float"), tmp_path / "out", config, calibrate="none")
+    for name, module in tqw.load(tmp_path / "out").named_modules():
+        dense = model.get_submodule(name)
+        if isinstance(module, tqw.QuantizedLinear):
+            dense.weight.data = module.dequantize().weight.data
+        elif isinstance(module, tqw.QuantizedExperts):
+            for projection in module.projections:
+                getattr(dense, projection).data = tqw.dequantize(module.quantized_weight(projection))
+    model.save_pretrained(tmp_path / "dense")
+    tokens = vllm_tokens(tmp_path / "out", enforce_eager=True)
+    assert tokens == vllm_tokens(tmp_path / "dense", enforce_eager=True)
+    assert len({token for row in tokens for token in row}) > 8
 
 
 def test_adapters_for_experts_are_refused(quantized):

@@ -194,18 +194,46 @@ def share_input(layers: Sequence[QuantizedLinear]) -> None:
         layer.__dict__["_shared_input"] = shared
 
 
+def is_scaled_embedding(module: nn.Module) -> bool:
+    """transformers' embeddings that multiply what they look up by one number (Gemma's, say)."""
+    named = type(module).__name__.endswith("ScaledWordEmbedding")
+    return named and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+
+
+def embedding_scale(module: nn.Module, dtype: torch.dtype) -> float:
+    """That number; a tensor is rounded to the dtype of the rows, as its class does."""
+    scale = getattr(module, "embed_scale", 1.0)
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    exact = getattr(module, "scalar_embed_scale", None)  # the tensor may have no value yet
+    return float(torch.tensor(float(scale if exact is None else exact), dtype=dtype, device="cpu"))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """weight[ids] embed_scale."""
+
+    embed_scale = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
 class QuantizedEmbedding(nn.Embedding):
-    """dequantize(weight)[ids] in `output_dtype`: integer [...] -> [..., embedding_dim]."""
+    """dequantize(weight)[ids] embed_scale in `output_dtype`: integer [...] -> [..., embedding_dim]."""
 
     def __init__(
-        self, qw: QuantizedWeight, padding_idx: int | None = None, output_dtype: torch.dtype = torch.float32
+        self,
+        qw: QuantizedWeight,
+        padding_idx: int | None = None,
+        output_dtype: torch.dtype = torch.float32,
+        embed_scale: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = qw.out_features, qw.in_features
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
         self.rotation = qw.rotation
-        self.output_dtype = output_dtype
+        self.output_dtype, self.embed_scale = output_dtype, embed_scale
         attach(self, qw)
 
     @property
@@ -215,7 +243,11 @@ class QuantizedEmbedding(nn.Embedding):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """The dense layer that this one computes."""
         table = nn.Parameter(kernels.dequantize(self.quantized_weight, dtype), requires_grad=False)
-        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table, _freeze=True)
+        kind = nn.Embedding if self.embed_scale == 1 else ScaledEmbedding
+        dense = kind(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=table, _freeze=True)
+        if isinstance(dense, ScaledEmbedding):
+            dense.embed_scale = self.embed_scale
+        return dense
 
     def reset_parameters(self) -> None:
         """Nothing: codes have no random initialisation."""
@@ -224,10 +256,12 @@ class QuantizedEmbedding(nn.Embedding):
         return super()._apply(keeping_format(self, fn), recurse)
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.embedding(input, self.quantized_weight, self.output_dtype)
+        y = kernels.embedding(input, self.quantized_weight, self.output_dtype)
+        return y if self.embed_scale == 1 else y * self.embed_scale
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, " + _describe(self.quantized_weight)
+        scaled = "" if self.embed_scale == 1 else f"embed_scale={self.embed_scale:.6g}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {scaled}" + _describe(self.quantized_weight)
 
 
 def is_fused_experts(module: nn.Module) -> bool:

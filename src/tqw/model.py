@@ -24,9 +24,11 @@ from tqw.layer import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
+    embedding_scale,
     expert_projections,
     expert_weight,
     is_fused_experts,
+    is_scaled_embedding,
     share_input,
 )
 from tqw.rotation import qr_matrix
@@ -137,11 +139,11 @@ def _embedding_of(model: nn.Module, which: str) -> nn.Module | None:
 def kind_of(module: nn.Module) -> str | None:
     """linear | conv1d | embedding | experts for layers that can be quantized; None for everything else.
 
-    Subclasses are left alone: their forward may do more than a matrix product.
+    Other subclasses are left alone: their forward may do more than a matrix product.
     """
     if type(module) in (nn.Linear, QuantizedLinear):
         return "linear"
-    if type(module) in (nn.Embedding, QuantizedEmbedding):
+    if type(module) in (nn.Embedding, QuantizedEmbedding) or is_scaled_embedding(module):
         return "embedding"
     if _is_conv1d(module):
         return "conv1d"
@@ -289,7 +291,7 @@ def _replacement(module: nn.Module, kind: str, weights: dict[str, QuantizedWeigh
     if kind == "experts":
         return QuantizedExperts(module, weights)
     if kind == "embedding":
-        return QuantizedEmbedding(weights[""], module.padding_idx, dtype)  # type: ignore[arg-type]
+        return QuantizedEmbedding(weights[""], module.padding_idx, dtype, embedding_scale(module, dtype))  # type: ignore[arg-type]
     bias = module.bias
     return QuantizedLinear(weights[""], None if bias is None else bias.detach())  # type: ignore[operator,arg-type]
 
@@ -307,8 +309,10 @@ def _settle_ties(model: nn.Module, decisions: list[Decision]) -> str | None:
         d.kind: d for d in decisions if d.kind in ("embedding", "lm_head") and d.reason != "not the input embedding"
     }
     head, embedding = by_kind.get("lm_head"), by_kind.get("embedding")
-    if head is None or embedding is None or head.bits == embedding.bits:
-        return head.name if head is not None and head.bits else None
+    if head is None:
+        return None
+    if head.bits == (None if embedding is None else embedding.bits):
+        return head.name if head.bits else None
     config = getattr(model, "config", None)
     if config is not None:
         config.tie_word_embeddings = False

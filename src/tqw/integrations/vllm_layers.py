@@ -182,7 +182,8 @@ class TqwConfig(QuantizationConfig):
             if isinstance(layer, ParallelLMHead):
                 name = name or (self.embedding if self.tied else None)  # stored once, under the embedding
             else:
-                self.embedding = name = name or self._nameless_embedding(prefix)
+                name = name or self._nameless_embedding(prefix)
+                self.embedding = self.embedding or name  # the first; Gemma 4 has one for each layer, too
             return TqwLinearMethod(self, [name]) if name else None
         if isinstance(layer, LinearBase):
             names = parts_of(prefix, _FUSED | self.packed_modules_mapping, self._take)
