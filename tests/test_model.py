@@ -192,6 +192,17 @@ def test_torch_modules_that_read_weights_directly_are_kept():
     assert [record.name for record in report.quantized] == ["head.weight"]
 
 
+def test_weights_that_mamba_reads_directly_are_kept():
+    import transformers as hf
+
+    model = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)).eval()
+    before = logits(model, token_ids())
+    report = quantize_model(model, QuantConfig(bits="8"))  # type: ignore[arg-type]
+    reasons = {r.name.split(".")[-2]: r.reason for r in report.tensors if r.action == "kept" and "dt_proj" in r.name}
+    assert reasons == {"dt_proj": "MambaMixer reads its weight directly"}
+    assert float((logits(model, token_ids()) - before).norm() / before.norm()) < 0.05
+
+
 def test_a_bad_weight_is_named():
     model = tiny("llama")
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")

@@ -123,7 +123,9 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = qw.in_features, qw.out_features
         self.rotation = qw.rotation
         attach(self, qw)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig, **options: Any) -> QuantizedLinear:

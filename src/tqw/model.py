@@ -58,6 +58,7 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image_encoder|audio\w*|multi_modal_projector|mm_projector)(\.|$)")
 _HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)(\.|$)")
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast paths use .weight directly
+_READ_BY_NAME = re.compile(r"(^|\.)dt_proj$")  # so do Mamba's mixers; a thin layer
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _default_reason(model: nn.Module, name: str, kind: str, vision_only: bool) -
     keep = getattr(model, "_keep_in_fp32_modules", None) or ()
     if any(part in keep for part in name.split(".")):
         return "the model keeps it in float32"
-    if isinstance(parent, _READS_WEIGHTS):
+    if isinstance(parent, _READS_WEIGHTS) or _READ_BY_NAME.search(name):
         return f"{type(parent).__name__} reads its weight directly"
     if kind != "experts" and _ROUTER.search(name):
         return "router"
@@ -292,8 +293,14 @@ def _replacement(module: nn.Module, kind: str, weights: dict[str, QuantizedWeigh
         return QuantizedExperts(module, weights)
     if kind == "embedding":
         return QuantizedEmbedding(weights[""], module.padding_idx, dtype, embedding_scale(module, dtype))  # type: ignore[arg-type]
-    bias = module.bias
-    return QuantizedLinear(weights[""], None if bias is None else bias.detach())  # type: ignore[operator,arg-type]
+    return QuantizedLinear(weights[""], _frozen(module.bias))  # type: ignore[arg-type]
+
+
+def _frozen(bias: nn.Parameter | None) -> nn.Parameter | None:
+    """The very parameter, which may be tied to another's."""
+    if bias is not None:
+        bias.requires_grad_(False)
+    return bias
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -383,7 +390,8 @@ def quantize_model(
             progress(decision.name, count, len(pending))
     embedding = _embedding_of(model, "input")
     if tied_head is not None and isinstance(embedding, QuantizedEmbedding):
-        model.set_submodule(tied_head, QuantizedLinear(embedding.quantized_weight))
+        bias: Any = model.get_submodule(tied_head).bias
+        model.set_submodule(tied_head, QuantizedLinear(embedding.quantized_weight, _frozen(bias)))
     share_inputs(model)
     return QuantizationReport(config, account.records(), tuple(d.name for d in decisions if d.bits))
 

@@ -263,11 +263,12 @@ def _is_tied_head(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _write_rest(writer: CheckpointWriter, model: nn.Module, report: QuantizationReport) -> None:
-    """Everything that is not quantized, tied tensors once."""
+    """Everything that is not quantized, tied tensors once, and the bias of a tied head."""
     quantized = tuple(f"{name}." for name in report.modules)
+    biases = {f"{name}.bias" for name, module in model.named_modules() if _is_tied_head(model, module)}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not name.startswith(quantized) and id(tensor) not in seen:
+        if (name in biases or not name.startswith(quantized)) and id(tensor) not in seen:
             seen.add(id(tensor))
             writer.add({name: tensor.detach()})
 

@@ -152,7 +152,7 @@ def load_tokenizer(source: Source) -> Any:
     options = {"gguf_file": source.gguf} if source.gguf else {}
     try:
         return AutoTokenizer.from_pretrained(str(source.folder), **options)
-    except _LOAD_ERRORS as error:
+    except (*_LOAD_ERRORS, TypeError) as error:  # old tokenizers join a path with the name of a file that is not there
         if source.gguf:
             raise TqwError(f"expected a tokenizer in {source.folder / source.gguf}: {_first_line(error)}") from None
         return None
