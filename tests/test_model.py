@@ -192,15 +192,21 @@ def test_torch_modules_that_read_weights_directly_are_kept():
     assert [record.name for record in report.quantized] == ["head.weight"]
 
 
-def test_weights_that_mamba_reads_directly_are_kept():
+def test_layers_whose_weights_a_model_reads_itself_are_kept():
+    """Mamba multiplies by one and casts to the dtype of another."""
     import transformers as hf
 
     model = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)).eval()
     before = logits(model, token_ids())
-    report = quantize_model(model, QuantConfig(bits="8"))  # type: ignore[arg-type]
-    reasons = {r.name.split(".")[-2]: r.reason for r in report.tensors if r.action == "kept" and "dt_proj" in r.name}
-    assert reasons == {"dt_proj": "MambaMixer reads its weight directly"}
+    report = quantize_model(model, QuantConfig(bits="8", lm_head="8", embedding="8"))  # type: ignore[arg-type]
+    reasons = {r.name.split(".")[-2]: r.reason for r in report.tensors if r.action == "kept" and r.reason}
+    assert reasons["dt_proj"] == "MambaMixer reads its weight directly"
+    assert reasons["lm_head"] == "MambaForCausalLM reads its weight directly"
     assert float((logits(model, token_ids()) - before).norm() / before.norm()) < 0.05
+    layer = model.backbone.layers[0].mixer.in_proj
+    assert isinstance(layer, QuantizedLinear)
+    with pytest.raises(TqwError, match=r"expected a floating input, got torch\.uint8: a model that casts"):
+        layer(torch.randn(2, 64).to(layer.weight.dtype))
 
 
 def test_a_bad_weight_is_named():

@@ -6,11 +6,13 @@ for loading. A decision depends on names and module types only, so it is the sam
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +60,6 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|image_encoder|audio\w*|multi_modal_projector|mm_projector)(\.|$)")
 _HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head)(\.|$)")
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast paths use .weight directly
-_READ_BY_NAME = re.compile(r"(^|\.)dt_proj$")  # so do Mamba's mixers; a thin layer
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,33 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield name, module, "lm_head" if module is head else kind
 
 
+@lru_cache(maxsize=1024)
+def _reads_weight(parent: type, leaf: str) -> bool:
+    """Whether a class multiplies by a child's weight, or casts to its dtype, itself: Mamba's dt_proj, the indexers of
+    sparse attention (weights_proj), some heads."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    child = rf"self\.{re.escape(leaf)}\.weight"
+    return re.search(rf"\.to\((dtype=)?{child}\.dtype|{child} @", source) is not None
+
+
+def _read_directly(model: nn.Module, name: str) -> str:
+    parent, _, leaf = name.rpartition(".")
+    kind = type(model.get_submodule(parent))
+    if issubclass(kind, _READS_WEIGHTS) or _reads_weight(kind, leaf):
+        return f"{kind.__name__} reads its weight directly"
+    return ""
+
+
 def _default_reason(model: nn.Module, name: str, kind: str, vision_only: bool) -> str:
     """Why a module stays by default; "" when it is quantized."""
-    parent = model.get_submodule(name.rpartition(".")[0])
     keep = getattr(model, "_keep_in_fp32_modules", None) or ()
     if any(part in keep for part in name.split(".")):
         return "the model keeps it in float32"
-    if isinstance(parent, _READS_WEIGHTS) or _READ_BY_NAME.search(name):
-        return f"{type(parent).__name__} reads its weight directly"
+    if read_directly := _read_directly(model, name):
+        return read_directly
     if kind != "experts" and _ROUTER.search(name):
         return "router"
     if _HEAD.search(name):
@@ -204,8 +224,8 @@ def resolve(model: nn.Module, config: QuantConfig, select: Select | None = None)
             bits = config.embedding if module is input_embedding else None
             reason = "" if bits else "embedding" if module is input_embedding else "not the input embedding"
         elif kind == "lm_head":
-            bits = config.lm_head
-            reason = "" if bits else "output embedding"
+            reason = _read_directly(model, name) if config.lm_head else "output embedding"
+            bits = None if reason else config.lm_head
         else:
             reason = _default_reason(model, name, kind, vision_only)
             bits = None if reason else config.bits

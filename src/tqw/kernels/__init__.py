@@ -147,6 +147,11 @@ def plain_eager(x: Tensor, bias: Tensor | None) -> bool:
 def _check_inputs(x: Tensor, qw: QuantizedWeight) -> None:
     if x.shape[-1] != qw.in_features:
         raise TqwError(f"expected an input [..., {qw.in_features}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TqwError(
+            f"expected a floating input, got {x.dtype}: a model that casts to a layer's weight.dtype needs that layer "
+            "dense (override it with skip)"
+        )
 
 
 def linear_plain(x: Tensor, qw: QuantizedWeight, bias: Tensor | None) -> Tensor:
