@@ -5,9 +5,8 @@
 Random weights in the shapes of gpu_model.py, or Qwen3-30B-A3B's, in transformers' own modules, untouched but for
 quantize_model (linears of the layers at 4 bits, embedding and lm_head at 8). "static cache": what
 generate(cache_implementation="static") does by itself, one compiled step in a CUDA graph; "dynamic cache": generate's
-default, Python launching kernel by kernel. A
-token's time is the difference between two lengths, so without prompt; the prompt has 128 tokens for each sequence.
-Rows of other models stay in the output file.
+default, Python launching kernel by kernel. A token's time is the difference between two lengths, so without prompt;
+the prompt has 128 tokens for each sequence. Rows of other models stay in the output file.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from conftest import token_ids
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import tqw
@@ -47,8 +48,7 @@ def build(kind: type[Any]) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
-    return model(input_ids=ids, use_cache=False).logits.float()
+    return model(input_ids=token_ids(), use_cache=False).logits.float()
 
 
 def check(model: Any, expected: torch.Tensor, folder: Path) -> str:

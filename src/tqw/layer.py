@@ -41,8 +41,7 @@ def attach(module: nn.Module, qw: QuantizedWeight, prefix: str = "") -> None:
 
     def put(name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, nn.Parameter):
-            with torch.inference_mode(False):
-                tensor = nn.Parameter(normal_tensor(tensor), requires_grad=False)
+            tensor = nn.Parameter(normal_tensor(tensor), requires_grad=False)
         module.register_parameter(name, tensor)
 
     for index, (packed, scale) in enumerate(zip(qw.packed, qw.weight_scale, strict=True)):

@@ -136,8 +136,7 @@ def _make_normal(layer: nn.Module) -> None:
     unnoticed, and their memory cannot be moved."""
     for name, parameter in layer._parameters.items():
         if parameter is not None and parameter.is_inference():
-            with torch.inference_mode(False):
-                layer._parameters[name] = nn.Parameter(normal_tensor(parameter), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(normal_tensor(parameter), requires_grad=False)
 
 
 class SharedInput:
